@@ -1,0 +1,106 @@
+"""Putting a sequence's pages in the tree, and what that means for others.
+
+Where the tree already holds a page for the same tokens, the sequence takes the tree's page and gives its own back. Its
+forks may hold the page it gives back: they take the tree's as well, or else a page further down would have more holders
+than this one. Pages that go into the tree while forks hold them make the forks holders of tree pages.
+
+    page_size 2      sequence 1: pages [5 6 7], fork 2: the same      tree: [a b|c d] pages 3 4
+    finish(2)        sequence 1: pages [3 4 7]                        tree: [a b|c d] pages 3 4 ──▶ [e f] page 7
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from radix.node import PAGE_ID_BYTES
+
+if TYPE_CHECKING:
+    from radix.node import Node
+    from radix.running import Running
+    from radix.state import State
+    from radix.tree import Inserted
+    from seqattn.pages import PageArray
+
+__all__ = ["put"]
+
+
+def put(state: State, run: Running, num_tokens: int) -> Inserted:
+    """Puts the first `num_tokens` tokens of a sequence in the tree.
+
+    On return others hold what they must; the references of `run` itself, and the tree's to its new pages, are for the
+    caller to settle: of the pages from `run.num_tree_pages` on, the first `num_known` are to be given back, the next,
+    up to the length of `pages`, are the tree's now, and the rest are not.
+    """
+    at = run.num_tree_pages
+    own: PageArray = run.data.table[at : -(-num_tokens // state.tree.page_size)]
+    sharers = _sharers(state, run, own)
+    done = state.tree.insert(run.key(num_tokens), own.tobytes(), run.namespace, under=run.node, num_above=at)
+    if done.replaced is not None:
+        _replace(state, *done.replaced)
+    pages = np.frombuffer(done.pages, dtype=np.int32)
+    for other in sharers:
+        _share(state, other, own[: len(pages)], pages, done)
+    state.stats.num_adopted_pages += done.num_known
+    return done
+
+
+def _sharers(state: State, run: Running, own: PageArray) -> list[Running]:
+    """Other sequences that hold the first of these pages.
+
+    Who holds a page holds those before it, so the first page tells; only if its count is above one is it worth looking.
+    """
+    if not len(own) or state.manager.ref_count[own[0]] < 2:
+        return []
+    at = run.num_tree_pages
+    return [
+        other
+        for other in state.running.values()
+        if other is not run and other.data.num_pages > at and other.data.table[at] == own[0]
+    ]
+
+
+def _share(state: State, other: Running, own: PageArray, pages: PageArray, done: Inserted) -> None:
+    """`other` holds the first few of `own`: it takes `pages` in their place and holds the nodes that it now has."""
+    at = other.num_tree_pages
+    table = other.data.table[at : at + len(own)]
+    same = table == own[: len(table)]
+    count = len(table) if same.all() else int(same.argmin())
+    adopted = min(count, done.num_known)
+    if adopted:
+        state.manager.hold(pages[:adopted])
+        state.manager.drop(own[:adopted])
+        table[:adopted] = pages[:adopted]
+        state.descriptor.tables_version += 1
+    node = state.tree.cut(done.node, at + len(pages), at + count)
+    state.tree.hold(node, other.node)
+    other.node, other.num_tree_pages = node, at + count
+
+
+def _replace(state: State, old_page: int, leaf: Node) -> None:
+    """A fuller page took the place of a leaf's last one: the tree's reference goes, and every pin's moves.
+
+    A sequence that holds the old page holds it for tokens of its own after those of the leaf; that page is not in the
+    tree any more, so the sequence holds the path up to the page before.
+    """
+    old = np.array([old_page], dtype=np.int32)
+    new = leaf.page_ids[:1] if leaf.num_holders else leaf.page_ids[-1:]
+    if leaf.num_holders:
+        for pin in state.pins:
+            if pin.node is leaf:
+                state.manager.hold(new)
+                state.manager.drop(old)
+                pin.pages = np.append(pin.pages[:-1], new)
+        for run in state.running.values():
+            if run.node is leaf:
+                above: Node = leaf.parent  # type: ignore[assignment]  # never a root
+                state.tree.release(leaf, above)
+                run.node = above if above.parent is not None else None
+                run.num_tree_pages -= 1
+    state.manager.drop(old)
+
+
+def num_pages(done: Inserted) -> int:
+    """How many pages the tree has for what was put."""
+    return len(done.pages) // PAGE_ID_BYTES

@@ -1,0 +1,115 @@
+"""The checks behind `PrefixCache.check()`: who holds what, recomputed from scratch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from radix.proof import path_key, path_pages
+from radix.show import describe, draw
+from seqattn.errors import InvariantError
+from seqattn.pages import concatenate
+
+if TYPE_CHECKING:
+    from radix.node import Node
+    from radix.running import Running
+    from radix.state import State
+    from seqattn.pages import PageArray, PageList
+
+__all__ = ["check_cache"]
+
+
+def check_cache(state: State, outside: PageList = ()) -> None:
+    """Recomputes P1 to P3, S1, S2, T1 to T6 and C1 to C3; O(pages + tree).
+
+    Args:
+        state: what to check.
+        outside: pages held by hand, one entry for each reference. Counts must be equal to the known references if they
+            are given or if the allocator knows of none; otherwise they must be at least as large.
+
+    Raises:
+        InvariantError: naming the invariant, with the tree drawn.
+    """
+    state.tree.check()
+    state.descriptor.check()
+    by_hand = state.manager.as_pages(outside)
+    tree_pages = concatenate(node.page_ids for node in state.tree)
+    known = [state.descriptor.held_pages(), tree_pages, concatenate(pin.pages for pin in state.pins), by_hand]
+    exact = bool(len(by_hand)) or not state.manager.num_outside_refs
+    state.manager.check(concatenate(known), exact=exact)
+    _check_holders(state)
+    _check_idle(state, tree_pages, by_hand)
+    _check_sum(state, tree_pages)
+
+
+def _check_holders(state: State) -> None:
+    """C2: each node's holders are the sequences and pins whose paths go through it."""
+    if state.running.keys() != state.descriptor.seq_id_to_data.keys():
+        raise InvariantError("S1", f"running {list(state.running)} differ from the descriptor's sequences")
+    holders: Counter[Node] = Counter()
+    for seq_id, run in state.running.items():
+        _check_running(state, seq_id, run)
+        _count_path(holders, run.node)
+    for pin in state.pins:
+        pages = path_pages(pin.node)
+        if not np.array_equal(pages, pin.pages):
+            _fail(state, "C2", f"a pin holds pages {pin.pages.tolist()} but its path has {pages.tolist()}")
+        _count_path(holders, pin.node)
+    for node in state.tree:
+        if node.num_holders != holders[node]:
+            _fail(state, "C2", f"{holders[node]} holders found, other than in {describe(node)}")
+        holders.pop(node, None)
+    if holders:
+        _fail(state, "C2", f"a node that is held is not in the tree: {describe(next(iter(holders)))}")
+
+
+def _count_path(holders: Counter[Node], node: Node | None) -> None:
+    while node is not None and node.parent is not None:
+        holders[node] += 1
+        node = node.parent
+
+
+def _check_running(state: State, seq_id: object, run: Running) -> None:
+    """The sequence's tokens fit its pages, its leading pages are its path's, and so are their tokens."""
+    page_size = state.tree.page_size
+    if run.data is not state.descriptor.seq_id_to_data[seq_id] or run.num_tokens != run.data.num_tokens(page_size):
+        _fail(state, "S1", f"sequence {seq_id!r} has {run.num_tokens} token ids but pages for another number: {run.data}")
+    pages = path_pages(run.node)
+    if len(pages) != run.num_tree_pages or not np.array_equal(pages, run.data.table[: len(pages)]):
+        _fail(state, "C2", f"sequence {seq_id!r} holds {run.data} but its path has pages {pages.tolist()}")
+    tree_key, key = path_key(run.node), run.key(run.num_tokens)
+    size = min(len(tree_key), len(key))
+    if tree_key[:size] != key[:size]:
+        _fail(state, "C2", f"sequence {seq_id!r} holds a path with other tokens than its own")
+
+
+def _check_idle(state: State, tree_pages: PageArray, by_hand: PageArray) -> None:
+    """C1, and with it that evicting everything frees exactly the idle pages."""
+    counts = state.manager.ref_count
+    if len(tree_pages) and counts[tree_pages].min() < 1:
+        page = int(tree_pages[counts[tree_pages].argmin()])
+        _fail(state, "C1", f"page {page} is in the tree but free")
+    for node in state.tree:
+        pages = node.page_ids
+        if node.num_holders and counts[pages].min() < 2:
+            _fail(state, "C1", f"only the tree holds a page of a node that is held: {describe(node)}")
+        held = pages[counts[pages] > 1] if not node.num_holders else pages[:0]
+        if len(held) and not state.manager.num_outside_refs and not np.isin(held, by_hand).all():
+            _fail(state, "C1", f"pages {held.tolist()} of an idle node have other holders: {describe(node)}")
+
+
+def _check_sum(state: State, tree_pages: PageArray) -> None:
+    """C3: every page is in exactly one of four places."""
+    manager = state.manager
+    held = np.setdiff1d(state.descriptor.held_pages(), tree_pages)
+    elsewhere = np.setdiff1d(np.flatnonzero(manager.ref_count), np.concatenate((held, tree_pages)))
+    total = manager.available_pages_count + len(held) + len(elsewhere) + len(tree_pages)
+    if total != manager.num_pages or (len(elsewhere) and not manager.num_outside_refs):
+        kinds = f"{len(held)} of sequences, {len(elsewhere)} of nobody known, {len(tree_pages)} in the tree"
+        _fail(state, "C3", f"{manager.available_pages_count} free, {kinds}: {manager.num_pages} pages in all")
+
+
+def _fail(state: State, name: str, problem: str) -> None:
+    raise InvariantError(name, problem, draw(state.tree))

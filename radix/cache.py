@@ -1,0 +1,545 @@
+"""The prefix cache: running sequences that share what others have computed.
+
+    start ──▶ extend ──▶ … ──▶ publish ──▶ … ──▶ finish          abort, truncate and fork in between
+      │          │                │                │
+      │          │                │                └─ the tree takes over the pages, tail included; nobody holds them: idle
+      │          │                └─ the tree takes a reference to the full pages; the sequence keeps its own
+      │          └─ pages for more tokens, evicting idle ones if none is free
+      └─ match, share the full pages, copy the tail page, allocate the rest
+
+Who holds what: a running sequence one reference to each page of its table, the tree one to each of its pages, a pin one
+to each page it keeps. A page is idle when only the tree holds it; only idle pages are evicted.
+
+Invariants (`check()`), beside those of the allocator (P), the descriptor (S) and the tree (T):
+
+- C1 every page of the tree has a reference count of at least 1; the idle pages are those with a count of exactly 1.
+- C2 holders never increase going down: whoever holds a page holds those before it.
+- C3 free + held by sequences only + held by hand only + in the tree = all pages.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from radix import show
+from radix.adopt import num_pages, put
+from radix.audit import check_cache
+from radix.pin import Pinned
+from radix.reserve import Plan, Reserve, plan_start
+from radix.retries import Retries
+from radix.running import PrefixMatch, Running, Started, match_of
+from radix.state import State
+from radix.tokens import TOKEN_BYTES, Tokens, as_key, one_token
+from seqattn.errors import (
+    BadValueError,
+    DuplicateSequenceError,
+    LengthError,
+    NoPageError,
+    TokenError,
+    UnknownSequenceError,
+)
+from seqattn.pages import as_count, concatenate
+from seqattn.sequence import SequenceData
+
+if TYPE_CHECKING:
+    from radix.show import Decode
+    from radix.stats import CacheStats
+    from radix.tree import Path, RadixTree
+    from seqattn.descriptor import CacheDescriptor
+    from seqattn.hybrid import CostModel
+    from seqattn.packed import FlashInferHybridData, FlashInferPackedData
+    from seqattn.pages import PageAllocator, PageArray, PageList
+
+__all__ = ["PrefixCache"]
+
+
+class PrefixCache:
+    """Shares the KV of common token prefixes between sequences, and evicts what nobody uses.
+
+    Public methods are atomic under one lock: any thread may call any of them. A call that raises leaves everything as
+    it was. Sequences are changed only through this class, never through `descriptor`. KV is written, copied and read on
+    one CUDA stream, or the caller orders the accesses: a freed page may be handed out again at once.
+
+    Args:
+        manager: where pages come from: a `PagedKVCacheManager`, or a `PageAllocator` to simulate without memory.
+        policy: which idle pages go first; `"lru"` is the one there is.
+        whole_pages: share full pages only and never fork a tail, as engines without token-exact reuse do.
+
+    Raises:
+        BadValueError: an unknown policy.
+    """
+
+    def __init__(self, manager: PageAllocator, *, policy: Literal["lru"] = "lru", whole_pages: bool = False) -> None:
+        if policy != "lru":
+            raise BadValueError(f"policy {policy!r} is unknown: use 'lru'")
+        self.manager = manager
+        self.policy = policy
+        self.whole_pages = whole_pages
+        self.state = State(manager)
+        self.tree: RadixTree = self.state.tree
+        self.descriptor: CacheDescriptor = self.state.descriptor
+        self.lock = threading.RLock()
+        self._reserve = Reserve(manager, self.tree, self.state.stats)
+        self._retries = Retries()
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> CacheStats:
+        """Counters since the cache was made."""
+        return self.state.stats
+
+    @property
+    def num_reclaimable_pages(self) -> int:
+        """Pages that eviction could free now: held by the tree alone. O(1), O(idle nodes) while pages are held by hand."""
+        with self.lock:
+            return self._reserve.num_reclaimable()
+
+    def match(self, tokens: Tokens, *, namespace: Hashable = None) -> PrefixMatch:
+        """The longest cached prefix of `tokens`; changes nothing, not even recency.
+
+        Args:
+            tokens: token ids, integers in [0, 2**31).
+            namespace: only what was cached under this value is seen.
+
+        Raises:
+            TokenError: not token ids.
+
+        Cost: converting the tokens, plus one memory comparison of what matches.
+        """
+        key = as_key(tokens)
+        with self.lock:
+            return match_of(self.lookup(key, namespace), self.tree.page_bytes)
+
+    def lookup(self, key: bytes, namespace: Hashable) -> Path:
+        """`match` for a key, in the tree's terms."""
+        path = self.tree.match(key, _hashable("namespace", namespace))
+        if self.whole_pages:
+            path.num_bytes -= path.num_bytes % self.tree.page_bytes
+        return path
+
+    def can_start(self, tokens: Tokens, *, namespace: Hashable = None) -> bool:
+        """Whether `start` would find pages now; changes nothing.
+
+        Raises:
+            TokenError: not token ids, or none.
+        """
+        key = as_key(tokens)
+        with self.lock:
+            plan = self._plan(None, key, namespace, 1)
+            try:
+                self._reserve.refuse_too_large([plan])
+                self._reserve.fit([plan])
+            except NoPageError:
+                return False
+            return True
+
+    # -- starting -----------------------------------------------------------------------------------------------------
+
+    def start(
+        self, seq_id: Hashable, tokens: Tokens, *, namespace: Hashable = None, min_uncached_tokens: int = 1
+    ) -> Started:
+        """Starts a sequence: shares the cached full pages, copies the cached part of the next, allocates the rest.
+
+        Args:
+            seq_id: any hashable value that is not running.
+            tokens: the prompt, at least one token.
+            namespace: share only with what was cached under the same value (tenant, adapter, image hash, …).
+            min_uncached_tokens: compute at least so many tokens of the prompt: a model needs one to go on from.
+
+        Returns:
+            What was reused; the caller computes the KV of the tokens after `num_cached_tokens`.
+
+        Raises:
+            TokenError: not token ids, or none.
+            DuplicateSequenceError: `seq_id` is running.
+            PromptTooLargeError: the prompt needs more pages than the whole cache has.
+            NoPageError: the pages needed beyond the shared ones exceed those free or idle. Nothing is evicted then.
+
+        The sequence holds a reference to each of its pages until `finish` or `abort`. If exactly the page is missing
+        that the tail would be copied from, the tail is given up.
+        """
+        key = as_key(tokens)
+        with self.lock:
+            self._refuse_running(seq_id)
+            return self._start([self._plan(seq_id, key, namespace, min_uncached_tokens)])[0]
+
+    def start_many(
+        self,
+        seq_ids: Sequence[Hashable],
+        prompts: Sequence[Tokens],
+        *,
+        namespaces: Sequence[Hashable] | None = None,
+        min_uncached_tokens: int = 1,
+    ) -> list[Started]:
+        """Starts sequences, all or none, with one copy for all tails. They do not share what none has published yet.
+
+        Raises:
+            LengthError: lists of different lengths.
+            DuplicateSequenceError: an id is running or named twice.
+            TokenError, PromptTooLargeError, NoPageError: as `start` does; nothing has changed.
+        """
+        names = [None] * len(seq_ids) if namespaces is None else namespaces
+        if not len(seq_ids) == len(prompts) == len(names):
+            raise LengthError(f"{len(seq_ids)} sequence ids, {len(prompts)} prompts and {len(names)} namespaces differ")
+        keys = [as_key(tokens) for tokens in prompts]
+        with self.lock:
+            self.descriptor.refuse_twice(seq_ids)
+            for seq_id in seq_ids:
+                self._refuse_running(seq_id)
+            each = zip(seq_ids, keys, names, strict=True)
+            return self._start([self._plan(seq_id, key, name, min_uncached_tokens) for seq_id, key, name in each])
+
+    def _plan(self, seq_id: Hashable, key: bytes, namespace: Hashable, min_uncached_tokens: int) -> Plan:
+        if not key:
+            raise TokenError("an empty prompt cannot be started: give at least one token")
+        max_cached = len(key) // TOKEN_BYTES - as_count("min_uncached_tokens", min_uncached_tokens)
+        _hashable("namespace", namespace)
+        return plan_start(self.tree, seq_id, key, namespace, max_cached=max_cached, whole_pages=self.whole_pages)
+
+    def _start(self, plans: list[Plan]) -> list[Started]:
+        self._reserve.refuse_too_large(plans)
+        needed = sum(plan.num_new for plan in plans)
+        kept = self._reserve.fit(plans) if needed > self.manager.available_pages_count else {}
+        reservation = self._reserve.reserve(needed, kept)
+        forks = [plan for plan in plans if plan.tail_len]
+        try:
+            if forks:
+                copies = [plan.source for plan in forks], reservation.pages[: len(forks)], [p.tail_len for p in forks]
+                self.manager.copy_page_slots(*copies)
+        except BaseException:
+            self._reserve.cancel(reservation)
+            raise
+        tails = iter(reservation.pages[: len(forks)])
+        at, started = len(forks), []
+        for plan in plans:
+            tail = [next(tails)] if plan.tail_len else []
+            end = at + plan.num_new - len(tail)
+            started.append(self._begin(plan, tail, reservation.pages[at:end]))
+            at = end
+        self._reserve.commit(reservation)
+        return started
+
+    def _begin(self, plan: Plan, tail: list[Any], new_pages: PageArray) -> Started:
+        """Makes a planned sequence run; cannot fail. `tail` is the page that its cached tail was copied to, if any."""
+        page_size, shared = self.tree.page_size, plan.num_shared
+        table = np.empty(plan.num_pages + plan.num_pages // 8 + 8, dtype=np.int32)
+        table[:shared] = pages = np.frombuffer(plan.path.pages, dtype=np.int32, count=shared)
+        table[shared : shared + len(tail)] = tail
+        table[shared + len(tail) : plan.num_pages] = new_pages
+        num_tokens = len(plan.key) // TOKEN_BYTES
+        data = SequenceData.owning(table, plan.num_pages, num_tokens - (plan.num_pages - 1) * page_size)
+        run = Running(data, plan.namespace, plan.key)
+        forked = (plan.source, int(tail[0]), plan.tail_len) if tail else None
+        self._hold_path(plan, run)
+        if shared:
+            self.manager.hold(pages)
+        self.state.running[plan.seq_id] = run
+        self.descriptor.add(plan.seq_id, data)
+        started = Started(shared * page_size + plan.tail_len, shared, forked)
+        self._count(plan, started)
+        return started
+
+    def _hold_path(self, plan: Plan, run: Running) -> None:
+        """Holds the nodes of the shared pages; stamps them, and the page that the tail was copied from."""
+        tree, shared = self.tree, plan.num_shared
+        if not shared and not plan.tail_len:
+            return
+        node, end = plan.path.nodes[-1], plan.path.num_pages
+        source = None
+        if plan.tail_len:
+            node = source = tree.cut(node, end, shared + 1)
+            end = shared + 1
+        if shared:
+            run.node = tree.cut(node, end, shared)
+            run.num_tree_pages = shared
+            tree.hold(run.node, reuses=1)
+        if source is not None:
+            tree.cut(source, shared + 1, shared)
+            source.num_reuses += 1
+            tree.stamp(source)
+
+    def _count(self, plan: Plan, started: Started) -> None:
+        stats = self.stats
+        if self._retries.is_retry(plan.seq_id, plan.key):
+            return
+        stats.num_requests += 1
+        stats.num_query_tokens += len(plan.key) // TOKEN_BYTES
+        stats.num_hit_tokens += started.num_cached_tokens
+        stats.num_shared_pages += started.num_shared_pages
+        stats.num_forked_pages += started.forked is not None
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def extend(self, seq_ids: Sequence[Hashable], token_ids: Sequence[int | Tokens]) -> None:
+        """Appends tokens to running sequences, all or none: their KV is about to be computed.
+
+        Args:
+            seq_ids: each at most once.
+            token_ids: for each sequence one token id, or a list or array of at least one.
+
+        Raises:
+            UnknownSequenceError, DuplicateSequenceError: an id is not running, or named twice.
+            TokenError, LengthError: not token ids, none for a sequence, or lists of different lengths.
+            NoPageError: too few pages are free or idle; nothing has changed.
+
+        A last page that is shared after a `truncate` inside it is copied first.
+        """
+        keys = [one_token(ids) if isinstance(ids, (int, np.integer)) else as_key(ids) for ids in token_ids]
+        with self.lock:
+            runs = [self._get(seq_id) for seq_id in seq_ids]
+            growth = self.descriptor.plan_growth(seq_ids, [len(key) // TOKEN_BYTES for key in keys])
+            reservation = self._reserve.reserve(growth.num_pages)
+            try:
+                self.descriptor.copy_for(growth, reservation.pages)
+            except BaseException:
+                self._reserve.cancel(reservation)
+                raise
+            for seq_id in growth.copy_ids:
+                self._let_go_after(run := self.state.running[seq_id], run.data.num_pages - 1)
+            self.descriptor.grow(growth, reservation.pages)
+            self._reserve.commit(reservation)
+            self.stats.num_forked_pages += len(growth.copy_ids)
+            for run, key in zip(runs, keys, strict=True):
+                run.tail += key
+
+    def fork(self, seq_id: Hashable, new_seq_id: Hashable) -> None:
+        """Starts a sequence with the same tokens: full pages are shared, the partly filled last page is copied.
+
+        Raises:
+            UnknownSequenceError: `seq_id` is not running.
+            DuplicateSequenceError: `new_seq_id` is.
+            NoPageError: the copy needs a page and none is free or idle; nothing has changed.
+        """
+        with self.lock:
+            run = self._get(seq_id)
+            self._refuse_running(new_seq_id)
+            reservation = self._reserve.reserve(self.descriptor.pages_to_fork(seq_id, new_seq_id))
+            try:
+                self.descriptor.copy_tail(seq_id, reservation.pages)
+            except BaseException:
+                self._reserve.cancel(reservation)
+                raise
+            self._reserve.commit(reservation)
+            self.descriptor.fork_with(seq_id, new_seq_id, reservation.pages)
+            data = self.descriptor.seq_id_to_data[new_seq_id]
+            new = Running(data, run.namespace, run.prompt, run.tail[:], is_detached=run.is_detached)
+            new.num_tree_pages = min(run.num_tree_pages, data.num_pages - len(reservation.pages))
+            if new.num_tree_pages:
+                new.node = self.tree.cut(run.node, run.num_tree_pages, new.num_tree_pages)  # type: ignore[arg-type]
+                self.tree.hold(new.node)
+            self.state.running[new_seq_id] = new
+            self.stats.num_forked_pages += len(reservation.pages)
+
+    def truncate(self, seq_id: Hashable, num_tokens: int) -> None:
+        """Keeps the first `num_tokens` tokens; the pages after them are given back: a use of what they held.
+
+        Allocates nothing: a cut inside a shared page keeps sharing it, and the next `extend` copies it first.
+
+        Raises:
+            UnknownSequenceError: `seq_id` is not running.
+            LengthError: negative, or more tokens than the sequence has.
+        """
+        with self.lock:
+            run = self._get(seq_id)
+            num_tokens = self.descriptor.check_cut(seq_id, num_tokens)
+            self._let_go_after(run, -(-num_tokens // self.tree.page_size))
+            self.descriptor.truncate(seq_id, num_tokens)
+            run.cut_tokens(num_tokens)
+
+    def _let_go_after(self, run: Running, num_pages: int) -> None:
+        """Ends the sequence's hold on tree pages after its first `num_pages`; references are the caller's to settle."""
+        if run.node is not None and run.num_tree_pages > num_pages:
+            above = self.tree.cut(run.node, run.num_tree_pages, num_pages)
+            self.tree.release(run.node, above)
+            run.node = above if num_pages else None
+            run.num_tree_pages = num_pages
+
+    # -- ending -------------------------------------------------------------------------------------------------------
+
+    def publish(self, seq_id: Hashable, *, num_tokens: int | None = None) -> None:
+        """Puts the sequence's full computed pages in the tree while it runs, so that others can share them.
+
+        Args:
+            seq_id: a running sequence; it keeps its references. Where the tree has the same tokens already, it takes
+                the tree's pages for its own: data packed before is void.
+            num_tokens: tokens whose KV has been written; None for all.
+
+        Raises:
+            UnknownSequenceError: `seq_id` is not running.
+            LengthError: `num_tokens` is negative, or more than the sequence has.
+
+        Cost: linear in the tokens not yet published. After `clear`, sequences started before it publish nothing.
+        """
+        with self.lock:
+            run = self._get(seq_id)
+            num_full = self._computed(seq_id, run, num_tokens) // self.tree.page_size
+            if run.is_detached or not num_full:
+                return
+            at = run.num_tree_pages
+            done = put(self.state, run, num_full * self.tree.page_size)
+            pages, known = np.frombuffer(done.pages, dtype=np.int32), done.num_known
+            own = run.data.table[at : at + len(pages)]
+            self.manager.hold(own[known:])
+            if known:
+                self.manager.hold(pages[:known])
+                self.manager.drop(own[:known])
+                own[:known] = pages[:known]
+                self.descriptor.tables_version += 1
+            self.tree.hold(done.node, run.node)
+            run.node, run.num_tree_pages = done.node, at + len(pages)
+
+    def finish(self, seq_id: Hashable, *, num_tokens: int | None = None) -> None:
+        """Puts everything computed in the tree, the partly filled last page included, and ends the sequence.
+
+        Args:
+            seq_id: a running sequence; its references end, the tree takes over what it did not have.
+            num_tokens: tokens whose KV has been written; None for all.
+
+        Raises:
+            UnknownSequenceError: `seq_id` is not running.
+            LengthError: `num_tokens` is negative, or more than the sequence has.
+        """
+        with self.lock:
+            run = self._get(seq_id)
+            num_tokens = self._computed(seq_id, run, num_tokens)
+            if self.whole_pages:
+                num_tokens -= num_tokens % self.tree.page_size
+            table = run.data.table
+            if num_tokens and not run.is_detached:
+                at = run.num_tree_pages
+                done = put(self.state, run, num_tokens)
+                first, last = at + done.num_known, at + num_pages(done)
+                table = table[:first] if last == len(table) else concatenate((table[:first], table[last:]))
+            self._end(seq_id, run, table)
+
+    def abort(self, seq_id: Hashable) -> None:
+        """Ends a sequence without publishing more of it; what it shared counts as used.
+
+        Started again under the same id with a prompt that begins with the same tokens, it counts once in `stats`.
+
+        Raises:
+            UnknownSequenceError: `seq_id` is not running.
+        """
+        with self.lock:
+            run = self._get(seq_id)
+            self._retries.remember(seq_id, run.prompt)
+            self._end(seq_id, run, run.data.table)
+
+    def _end(self, seq_id: Hashable, run: Running, pages: PageArray) -> None:
+        """Gives the references to `pages` back and forgets the sequence."""
+        del self.state.running[seq_id]
+        self.descriptor.remove(seq_id)
+        self.manager.drop(pages)
+        if run.node is not None:
+            self.tree.release(run.node)
+
+    def _computed(self, seq_id: Hashable, run: Running, num_tokens: int | None) -> int:
+        return run.num_tokens if num_tokens is None else self.descriptor.check_cut(seq_id, num_tokens)
+
+    # -- keeping and forgetting ---------------------------------------------------------------------------------------
+
+    def pin(self, tokens: Tokens, *, namespace: Hashable = None) -> Pinned:
+        """A context manager that keeps what matches on entry, and yields the `PrefixMatch`.
+
+        The partly matched last page is kept as well; a miss keeps nothing. Holds a reference to each page until the
+        block is left, unless `clear` comes first.
+
+        Raises:
+            TokenError: not token ids.
+        """
+        return Pinned(self, as_key(tokens), _hashable("namespace", namespace))
+
+    def evict(self, num_pages: int) -> int:
+        """Frees up to `num_pages` idle pages, least recently used first, leaves from their ends; returns how many.
+
+        Raises:
+            LengthError: a negative number, or not an integer.
+
+        Cost: O(log siblings) for each node that goes, whatever the size of the tree.
+        """
+        num_pages = as_count("num_pages", num_pages)
+        with self.lock:
+            return self._reserve.evict(num_pages)
+
+    def clear(self) -> None:
+        """Forgets the whole tree, also what is in use: after new weights no cached KV is right.
+
+        Running sequences keep their pages and publish nothing any more; pins hold nothing from now on. O(tree).
+        """
+        with self.lock:
+            pages = concatenate(node.page_ids for node in self.tree)
+            self.manager.drop(pages)
+            for pin in self.state.pins:
+                self.manager.drop(pin.pages)
+                pin.node = None
+            self.state.pins.clear()
+            for run in self.state.running.values():
+                run.node, run.num_tree_pages, run.is_detached = None, 0, True
+            self.tree.clear()
+
+    # -- packing ------------------------------------------------------------------------------------------------------
+
+    def pack_for_flashinfer(
+        self, seq_ids: Sequence[Hashable], *, num_tokens: Sequence[int] | None = None
+    ) -> FlashInferPackedData:
+        """The page tables of a batch; see `CacheDescriptor.pack_for_flashinfer`. Void after the next `publish`."""
+        with self.lock:
+            return self.descriptor.pack_for_flashinfer(seq_ids, num_tokens=num_tokens)
+
+    def pack_hybrid_for_flashinfer(
+        self,
+        seq_ids: Sequence[Hashable],
+        *,
+        query_lens: Sequence[int] | None = None,
+        cost_model: CostModel | Literal["auto"] | None = None,
+        num_tokens: Sequence[int] | None = None,
+    ) -> FlashInferHybridData:
+        """The batch as shared and unique levels; see `CacheDescriptor.pack_hybrid_for_flashinfer`."""
+        with self.lock:
+            return self.descriptor.pack_hybrid_for_flashinfer(
+                seq_ids, query_lens=query_lens, cost_model=cost_model, num_tokens=num_tokens
+            )
+
+    # -- proof --------------------------------------------------------------------------------------------------------
+
+    def check(self, outside: PageList = ()) -> None:
+        """Recomputes every invariant from scratch; O(pages + tree), and changes nothing.
+
+        Args:
+            outside: pages held by hand, one entry for each reference: the counts must then be equal. Without it they
+                must be equal too, unless the allocator knows of pages held by hand.
+
+        Raises:
+            InvariantError: naming the invariant, with the tree drawn.
+        """
+        with self.lock:
+            check_cache(self.state, outside)
+
+    def show(self, *, decode: Decode | None = None) -> str:
+        """The tree as text, one edge a line; `decode` turns token ids into text. `radix.show.draw_html` draws a page."""
+        with self.lock:
+            return show.draw(self.tree, decode=decode)
+
+    def _get(self, seq_id: Hashable) -> Running:
+        try:
+            return self.state.running[seq_id]
+        except (KeyError, TypeError):
+            raise UnknownSequenceError(seq_id) from None
+
+    def _refuse_running(self, seq_id: Hashable) -> None:
+        if _hashable("seq_id", seq_id) in self.descriptor.seq_id_to_data:
+            raise DuplicateSequenceError(seq_id)
+
+
+def _hashable(name: str, value: Hashable) -> Hashable:
+    """`value`, if it can be a dictionary key; raises BadValueError otherwise."""
+    try:
+        hash(value)
+    except TypeError as error:
+        raise BadValueError(f"{name} must be hashable, not {value!r}: {error}") from None
+    return value

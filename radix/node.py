@@ -1,0 +1,160 @@
+"""A node of the radix tree, and the container of its children.
+
+A node owns the run of tokens on the edge into it (`key`) and that run's pages. With pages of four tokens:
+
+    root ──[a b c d|e f g h]──▶ node ──[i j k l|m n]──▶ leaf
+            page 7  page 2              page 5  page 9 (partly filled: leaves only)
+
+Children are found by the bytes of their first page. A leaf has no container, a single child stands in the slot itself,
+and from two children on they lie in a `SortedDict`, so that the child that shares the most tokens with a page that no
+child has is a neighbour in sorted order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from sortedcontainers import SortedDict
+
+from radix.tokens import TOKEN_BYTES, common_bytes
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["PAGE_ID_BYTES", "Node", "Root"]
+
+#: bytes of one page number in `Node.pages`
+PAGE_ID_BYTES = 4
+
+Children: TypeAlias = "Node | SortedDict[bytes, Node] | None"
+
+
+class Node:
+    """An edge of the tree and the pages of its tokens.
+
+    Attributes:
+        key: token ids on the edge as bytes of int32.
+        pages: page numbers of those tokens as bytes of int32, `ceil(tokens / page_size)` of them.
+        parent: the node above; None for a root.
+        children: None, the only child, or a `SortedDict` of them by the bytes of their first page.
+        stamp: logical time of the last use.
+        num_holders: sequences and pins that hold the pages; all pages of a node have the same holders.
+        num_reuses: how often a new sequence shared the pages.
+    """
+
+    __slots__ = ("children", "key", "num_holders", "num_reuses", "pages", "parent", "stamp")
+
+    def __init__(self, key: bytes, pages: bytes, parent: Node | None, stamp: int = 0) -> None:
+        self.key = key
+        self.pages = pages
+        self.parent = parent
+        self.children: Children = None
+        self.stamp = stamp
+        self.num_holders = 0
+        self.num_reuses = 0
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of this edge."""
+        return len(self.pages) // PAGE_ID_BYTES
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this edge."""
+        return len(self.key) // TOKEN_BYTES
+
+    @property
+    def page_ids(self) -> npt.NDArray[np.int32]:
+        """The page numbers, int32, read-only, without a copy."""
+        return np.frombuffer(self.pages, dtype=np.int32)
+
+    def __iter__(self) -> Iterator[Node]:
+        """The children, in the order of their first pages' bytes."""
+        kids = self.children
+        if kids is None:
+            return iter(())
+        return iter((kids,)) if type(kids) is Node else iter(kids.values())
+
+    def __repr__(self) -> str:
+        """Sizes and state, not the tokens: edges are long."""
+        state = f"held by {self.num_holders}" if self.num_holders else "idle"
+        return f"<{type(self).__name__} {self.num_tokens} tokens, {self.num_pages} pages, {state}, used at {self.stamp}>"
+
+    def add(self, child: Node, page_bytes: int) -> None:
+        """Files a new child; O(log children)."""
+        kids = self.children
+        if kids is None:
+            self.children = child
+            return
+        if type(kids) is Node:
+            self.children = kids = SortedDict({kids.key[:page_bytes]: kids})
+        kids[child.key[:page_bytes]] = child
+
+    def remove(self, child: Node, page_bytes: int) -> None:
+        """Takes a child out; O(log children). One that is left goes back into the slot."""
+        kids = self.children
+        if kids is child:
+            self.children = None
+            return
+        del kids[child.key[:page_bytes]]
+        if len(kids) == 1:
+            self.children = kids.peekitem(0)[1]
+
+    def replace(self, child: Node, other: Node, page_bytes: int) -> None:
+        """Puts `other`, whose first page is the same, in the place of `child`; O(1)."""
+        if self.children is child:
+            self.children = other
+        else:
+            self.children[other.key[:page_bytes]] = other
+
+    def nearest(self, page: bytes) -> tuple[Node, int]:
+        """Among two or more children of which none begins with `page`: the one that shares the most tokens with it.
+
+        In sorted order that child is a neighbour of where `page` would stand: what lies between two keys shares at
+        least the prefix that they share. One bisect, two comparisons.
+
+        Returns:
+            The child and how many bytes it shares, in whole tokens, perhaps 0.
+        """
+        kids = self.children
+        at = kids.bisect_left(page)
+        best, most = kids.peekitem(at - 1 if at else 0)[1], 0
+        for index in (at - 1, at):
+            if 0 <= index < len(kids):
+                key, child = kids.peekitem(index)
+                common = common_bytes(key, page)
+                if common > most:
+                    best, most = child, common
+        return best, most
+
+    def related(self, key: bytes, offset: int, page_bytes: int) -> Node | None:
+        """The child that has a prefix in common with `key[offset:]` that is a whole page or all of one of the two.
+
+        At most one child does: no child's key is a prefix of another's. A child that is a prefix of `key` is its
+        predecessor in sorted order, one that `key` is a prefix of its successor.
+        """
+        kids = self.children
+        if kids is None or type(kids) is Node:
+            return kids
+        page = key[offset : offset + page_bytes]
+        child: Node | None = kids.get(page)
+        if child is not None:
+            return child
+        at = kids.bisect_left(page)
+        if at and page.startswith(kids.peekitem(at - 1)[0]):
+            return kids.peekitem(at - 1)[1]  # type: ignore[no-any-return]  # sortedcontainers has no types
+        if len(page) < page_bytes and at < len(kids) and kids.peekitem(at)[0].startswith(page):
+            return kids.peekitem(at)[1]  # type: ignore[no-any-return]
+        return None
+
+
+class Root(Node):
+    """The top of one namespace; has no tokens and no pages."""
+
+    __slots__ = ("namespace",)
+
+    def __init__(self, namespace: Hashable) -> None:
+        super().__init__(b"", b"", None)
+        self.namespace = namespace

@@ -1,0 +1,217 @@
+"""Getting pages: what a start needs, what can be had, and taking it all or not at all.
+
+A reservation takes the free pages it needs and names the idle pages to evict for the rest, but leaves those in the tree
+until `commit`, which hands them over with their reference count as it is: the tree's reference becomes the new owner's.
+So whatever fails between, `cancel` leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from attrs import define
+
+from radix.tokens import TOKEN_BYTES
+from seqattn.errors import NoPageError, PromptTooLargeError
+from seqattn.pages import concatenate
+
+if TYPE_CHECKING:
+    from radix.node import Node
+    from radix.stats import CacheStats
+    from radix.tree import Path, RadixTree
+    from seqattn.pages import PageAllocator, PageArray
+
+__all__ = ["Plan", "Reservation", "Reserve"]
+
+_NOTHING_KEPT: Mapping[Node, int] = {}
+
+
+@define(slots=True, eq=False)
+class Plan:
+    """How one sequence will start.
+
+        prompt of 11 tokens, page_size 4:   [shared][tail: 2 cached, forked + new][new]
+                                             num_shared 1        tail_len 2       num_pages 3
+
+    Attributes:
+        seq_id, key, namespace: as given, tokens as bytes.
+        path: what the tree has of it.
+        num_shared: full pages to share.
+        tail_len: tokens of the next page to copy; 0 for no fork.
+        num_pages: pages of the whole sequence.
+    """
+
+    seq_id: Hashable
+    key: bytes
+    namespace: Hashable
+    path: Path
+    num_shared: int
+    tail_len: int
+    num_pages: int
+
+    @property
+    def num_new(self) -> int:
+        """Pages it needs beyond the shared ones."""
+        return self.num_pages - self.num_shared
+
+    @property
+    def source(self) -> int:
+        """The page that the tail is copied from."""
+        return int(self.path.nodes[-1].page_ids[self.num_shared - self.path.num_pages])
+
+    def keep(self, kept: dict[Node, int]) -> None:
+        """Adds to `kept` how many pages of each node must not be evicted: those shared, and the tail's source."""
+        nodes = self.path.nodes
+        end = self.path.num_pages
+        wanted = self.num_shared + (self.tail_len > 0)
+        for node in reversed(nodes):
+            start = end - node.num_pages
+            if wanted > start:
+                kept[node] = max(kept.get(node, 0), min(wanted, end) - start)
+            end = start
+
+
+@define(slots=True, eq=False)
+class Reservation:
+    """Pages for one call: `pages`, int32, the first `num_free` of them from the free list, the rest from the tree."""
+
+    pages: PageArray
+    num_free: int
+    victims: list[tuple[Node, int]]
+
+
+@define(slots=True, eq=False)
+class Reserve:
+    """Free pages and idle pages together."""
+
+    manager: PageAllocator
+    tree: RadixTree
+    stats: CacheStats
+
+    def reserve(self, num_pages: int, kept: Mapping[Node, int] = _NOTHING_KEPT) -> Reservation:
+        """Pages for `num_pages`, idle ones outside `kept` if too few are free.
+
+        Raises:
+            NoPageError: not enough even so; nothing has changed.
+        """
+        available = self.manager.available_pages_count
+        if num_pages <= available:
+            return Reservation(self.manager.take(num_pages), num_pages, [])
+        victims, pages = self.find(num_pages - available, kept)
+        if len(pages) < num_pages - available:
+            raise NoPageError(num_pages, available + len(pages))
+        free = self.manager.take(available)
+        return Reservation(np.concatenate((free, pages)), available, victims)
+
+    def commit(self, reservation: Reservation) -> None:
+        """Takes the victims out of the tree; the pages are the caller's now."""
+        if reservation.victims:
+            self._evict(reservation.victims)
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Gives everything back. Victims are still in the tree, and sound: a copy that fails has written nothing."""
+        self.manager.drop(reservation.pages[: reservation.num_free])
+
+    def evict(self, num_pages: int) -> int:
+        """Frees up to `num_pages` idle pages; returns how many."""
+        victims, pages = self.find(num_pages)
+        self._evict(victims)
+        self.manager.drop(pages)
+        return len(pages)
+
+    def find(self, num_pages: int, kept: Mapping[Node, int] = _NOTHING_KEPT) -> tuple[list[tuple[Node, int]], PageArray]:
+        """The victims that free the next `num_pages` idle pages, and those pages, in the order in which they go.
+
+        A page that is also held by hand would not become free; it leaves the tree with the others and does not count.
+        """
+        wanted = num_pages
+        while True:
+            victims = self.tree.victims(wanted, kept)
+            pages = concatenate(node.page_ids[: -count - 1 : -1] for node, count in victims)
+            if not self.manager.num_outside_refs:
+                return victims, pages
+            freed = pages[self.manager.ref_count[pages] == 1]
+            if len(freed) == num_pages or len(pages) < wanted:
+                return victims, freed
+            wanted += num_pages - len(freed)
+
+    def num_reclaimable(self, kept: Mapping[Node, int] = _NOTHING_KEPT) -> int:
+        """Idle pages outside `kept`; O(kept), or O(idle nodes) while pages are held by hand."""
+        if self.manager.num_outside_refs:
+            return len(self.find(self.tree.num_idle_pages, kept)[1])
+        return self.tree.num_idle_pages - sum(count for node, count in kept.items() if not node.num_holders)
+
+    def fit(self, plans: list[Plan]) -> dict[Node, int]:
+        """Makes plans fit: gives up tails, last plan first, where that frees the page that is missing.
+
+        Returns:
+            What must be kept of each node while evicting.
+
+        Raises:
+            PromptTooLargeError: a sequence that needs more pages than there are.
+            NoPageError: the plans need more pages than are free or can be evicted; nothing has changed.
+        """
+        needed = sum(plan.num_new for plan in plans)
+        free = self.manager.available_pages_count
+        kept = _kept(plans)
+        short = needed - free - self.num_reclaimable(kept)
+        for plan in reversed(plans):
+            if short <= 0:
+                return kept
+            if plan.tail_len:
+                tail_len, plan.tail_len = plan.tail_len, 0
+                kept = _kept(plans)
+                short_without = needed - free - self.num_reclaimable(kept)
+                if short_without == short:
+                    plan.tail_len = tail_len
+                short = short_without
+        if short > 0:
+            raise NoPageError(needed, needed - short)
+        return kept
+
+    def refuse_too_large(self, plans: Iterable[Plan]) -> None:
+        """Raises PromptTooLargeError for a sequence that would not fit even in an empty cache."""
+        for plan in plans:
+            if plan.num_pages > self.manager.num_pages:
+                raise PromptTooLargeError(plan.num_pages, self.manager.num_pages)
+
+    def _evict(self, victims: list[tuple[Node, int]]) -> None:
+        """Trims the tree; pages with other holders lose the tree's reference, the rest keep it for who takes them."""
+        clock, stats = self.tree.clock, self.stats
+        for node, count in victims:
+            stats.count_eviction(count, clock - node.stamp, node.num_reuses)
+            stats.num_evicted_pages += count
+        trimmed = np.frombuffer(self.tree.trim(victims), dtype=np.int32)
+        if self.manager.num_outside_refs:
+            others = trimmed[self.manager.ref_count[trimmed] > 1]
+            self.manager.drop(others)
+            stats.num_evicted_pages -= len(others)
+
+
+def _kept(plans: Iterable[Plan]) -> dict[Node, int]:
+    kept: dict[Node, int] = {}
+    for plan in plans:
+        plan.keep(kept)
+    return kept
+
+
+def plan_start(
+    tree: RadixTree, seq_id: Hashable, key: bytes, namespace: Hashable, *, max_cached: int, whole_pages: bool
+) -> Plan:
+    """Looks up what a sequence can reuse; changes nothing.
+
+    Args:
+        tree: where to look.
+        seq_id: kept for later.
+        key: tokens as bytes, not empty.
+        namespace: under which root.
+        max_cached: reuse at most this many tokens.
+        whole_pages: share full pages only, fork no tail.
+    """
+    path = tree.match(key, namespace, limit=max(0, max_cached) * TOKEN_BYTES)
+    num_shared, tail = divmod(path.num_bytes, tree.page_bytes)
+    return Plan(
+        seq_id, key, namespace, path, num_shared, 0 if whole_pages else tail // TOKEN_BYTES, -(-len(key) // tree.page_bytes)
+    )

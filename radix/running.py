@@ -1,0 +1,118 @@
+"""What a prefix cache knows of running sequences, pins and lookups."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from attrs import define, field
+
+from radix.node import PAGE_ID_BYTES
+from radix.tokens import TOKEN_BYTES
+
+if TYPE_CHECKING:
+    from radix.node import Node
+    from radix.tree import Path
+    from seqattn.pages import PageArray
+    from seqattn.sequence import SequenceData
+
+__all__ = ["Pin", "PrefixMatch", "Running", "Started"]
+
+
+@define(slots=True, eq=False)
+class PrefixMatch:
+    """The longest cached prefix of some tokens; holds no reference, so it is true until the cache changes.
+
+        page_size 4, cached: a b c d | e f g h | i j      query: a b c d e f g x
+                             page 7    page 2                num_tokens 7, pages [7], tail_page 2, tail_len 3
+
+    Attributes:
+        num_tokens: tokens that match.
+        pages: full pages of the match, int32, read-only.
+        tail_page: the page that holds the match's last `tail_len` tokens, None if the match ends with a full page.
+        tail_len: tokens of the match in `tail_page`.
+    """
+
+    num_tokens: int
+    pages: PageArray
+    tail_page: int | None
+    tail_len: int
+
+
+class Started(NamedTuple):
+    """What `PrefixCache.start` reused.
+
+    Attributes:
+        num_cached_tokens: tokens whose KV need not be computed.
+        num_shared_pages: full pages shared with the tree.
+        forked: `(src_page, dst_page, num_slots)` of the copied tail page, None if no tail was copied.
+    """
+
+    num_cached_tokens: int
+    num_shared_pages: int
+    forked: tuple[int, int, int] | None
+
+
+@define(slots=True, eq=False)
+class Running:
+    """A running sequence.
+
+    Attributes:
+        data: its page table, the one in the descriptor.
+        namespace: under which it matched and will publish.
+        prompt: the tokens it was started with, as a key.
+        tail: the tokens added since.
+        node: the deepest node whose pages it holds; None if it holds none.
+        num_tree_pages: its leading pages that are the tree's: where `node` ends.
+        is_detached: started before a `clear`: it publishes nothing.
+    """
+
+    data: SequenceData
+    namespace: Hashable
+    prompt: bytes
+    tail: bytearray = field(factory=bytearray)
+    node: Node | None = None
+    num_tree_pages: int = 0
+    is_detached: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of all its tokens as a key."""
+        return len(self.prompt) + len(self.tail)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and those added since."""
+        return self.num_bytes // TOKEN_BYTES
+
+    def key(self, num_tokens: int) -> bytes:
+        """Its first tokens as a key; O(tokens), nothing for the whole prompt."""
+        size = num_tokens * TOKEN_BYTES
+        if size <= len(self.prompt):
+            return self.prompt[:size]
+        return self.prompt + self.tail[: size - len(self.prompt)]
+
+    def cut_tokens(self, num_tokens: int) -> None:
+        """Forgets the tokens after the first `num_tokens`."""
+        size = num_tokens * TOKEN_BYTES
+        del self.tail[max(0, size - len(self.prompt)) :]
+        self.prompt = self.prompt[:size]
+
+
+@define(slots=True, eq=False)
+class Pin:
+    """A path that is kept: `node` is its deepest node, None once the tree was cleared; one reference to each page."""
+
+    node: Node | None
+    pages: PageArray
+
+
+def match_of(path: Path, page_bytes: int) -> PrefixMatch:
+    """A lookup's result in the words of the interface."""
+    num_full, tail = divmod(path.num_bytes, page_bytes)
+    pages = np.frombuffer(path.pages, dtype=np.int32, count=num_full)
+    if not tail:
+        return PrefixMatch(path.num_bytes // TOKEN_BYTES, pages, None, 0)
+    tail_page = int(np.frombuffer(path.pages, dtype=np.int32, count=1, offset=num_full * PAGE_ID_BYTES)[0])
+    return PrefixMatch(path.num_bytes // TOKEN_BYTES, pages, tail_page, tail // TOKEN_BYTES)

@@ -1,0 +1,34 @@
+"""The parts that make up a prefix cache, passed between the modules that work on them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+from attrs import define, field
+
+from radix.stats import CacheStats
+from radix.tree import RadixTree
+from seqattn.descriptor import CacheDescriptor
+
+if TYPE_CHECKING:
+    from radix.running import Pin, Running
+    from seqattn.pages import PageAllocator
+
+__all__ = ["State"]
+
+
+@define(slots=True, eq=False)
+class State:
+    """Allocator, tree and page tables, and who runs and who is pinned; `check_cache` says how they fit together."""
+
+    manager: PageAllocator
+    tree: RadixTree = field(init=False)
+    descriptor: CacheDescriptor = field(init=False)
+    running: dict[Hashable, Running] = field(init=False, factory=dict)
+    pins: set[Pin] = field(init=False, factory=set)
+    stats: CacheStats = field(init=False, factory=CacheStats)
+
+    def __attrs_post_init__(self) -> None:
+        self.tree = RadixTree(self.manager.page_size)
+        self.descriptor = CacheDescriptor(self.manager)

@@ -1,0 +1,146 @@
+"""The errors that seqattn and radix raise.
+
+    SeqAttnError
+    ├── NoPageError                      not enough free (and evictable) pages
+    │   └── PromptTooLargeError          more pages than the whole cache has
+    ├── BadValueError       ValueError   a value that can never be right
+    │   ├── TokenError                   a token id that is not an int in [0, 2**31)
+    │   ├── PageError                    a page number out of range, or free where it must be in use
+    │   ├── LengthError                  a token count, list length or indptr that does not fit
+    │   ├── TensorError                  dtype, shape, device or layout of a tensor
+    │   └── TraceError                   a line of a trace that cannot be read
+    ├── SequenceIdError     KeyError, ValueError
+    │   ├── UnknownSequenceError         no running sequence has this id
+    │   └── DuplicateSequenceError       the id is in use already, or named twice in one call
+    ├── SharedPageError                  a write to a page that others hold too
+    ├── InvariantError                   `check()` found the state wrong: a bug, not a misuse
+    └── MissingExtraError   ImportError  an optional dependency is not installed
+
+Every message shows the offending value and says what to do. A call that raises leaves every structure as it was.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BadValueError",
+    "DuplicateSequenceError",
+    "InvariantError",
+    "LengthError",
+    "MissingExtraError",
+    "NoPageError",
+    "PageError",
+    "PromptTooLargeError",
+    "SeqAttnError",
+    "SequenceIdError",
+    "SharedPageError",
+    "TensorError",
+    "TokenError",
+    "TraceError",
+    "UnknownSequenceError",
+]
+
+
+class SeqAttnError(Exception):
+    """Root of every error that seqattn and radix raise on purpose."""
+
+
+class NoPageError(SeqAttnError):
+    """More pages were needed than can be had.
+
+    Attributes:
+        needed: pages that the call needed beyond those it shares.
+        available: pages that were free, or that could have been freed by eviction.
+    """
+
+    def __init__(self, needed: int, available: int, hint: str = "release or finish sequences first") -> None:
+        self.needed = needed
+        self.available = available
+        super().__init__(f"{needed} pages needed, {available} available: {hint}")
+
+
+class PromptTooLargeError(NoPageError):
+    """A sequence that would not fit even in an empty cache; waiting does not help."""
+
+    def __init__(self, needed: int, num_pages: int) -> None:
+        super().__init__(needed, num_pages, "the whole cache is smaller than this; shorten the prompt or add pages")
+
+
+class BadValueError(SeqAttnError, ValueError):
+    """A value that can never be right, whatever the state."""
+
+
+class TokenError(BadValueError):
+    """A token id that is not an integer in [0, 2**31)."""
+
+
+class PageError(BadValueError):
+    """A page number out of range, or a page that is free where one in use is needed."""
+
+
+class LengthError(BadValueError):
+    """A token count, the length of a list or an indptr that does not fit."""
+
+
+class TensorError(BadValueError):
+    """A tensor of the wrong dtype, shape, device or layout."""
+
+
+class TraceError(BadValueError):
+    """A line of a trace that cannot be read; `line` is its number, from 1."""
+
+    def __init__(self, path: str, line: int, problem: str) -> None:
+        self.path = path
+        self.line = line
+        super().__init__(f"{path}, line {line}: {problem}")
+
+
+class SequenceIdError(SeqAttnError, KeyError, ValueError):
+    """A sequence id that does not fit the call; a KeyError and a ValueError, as seqattn 0.0.2 raised either."""
+
+    def __str__(self) -> str:
+        """The message itself: a plain KeyError would print its repr."""
+        return str(self.args[0])
+
+
+class UnknownSequenceError(SequenceIdError):
+    """No running sequence has this id."""
+
+    def __init__(self, seq_id: object) -> None:
+        self.seq_id = seq_id
+        super().__init__(f"sequence id {seq_id!r} is not running: allocate or start it first")
+
+
+class DuplicateSequenceError(SequenceIdError):
+    """The id is in use already, or it is named twice in one call."""
+
+    def __init__(self, seq_id: object, problem: str = "is running already: release it first or use another id") -> None:
+        self.seq_id = seq_id
+        super().__init__(f"sequence id {seq_id!r} {problem}")
+
+
+class SharedPageError(SeqAttnError):
+    """A write to a page that others hold too; `page` is its number."""
+
+    def __init__(self, page: int, ref_count: int) -> None:
+        self.page = page
+        self.ref_count = ref_count
+        super().__init__(
+            f"page {page} has {ref_count} references and cannot be written: "
+            "extend the sequence through its descriptor, which copies a shared page first"
+        )
+
+
+class InvariantError(SeqAttnError):
+    """`check()` found the state wrong; `name` is the invariant's number (`P2`, `T4`, …)."""
+
+    def __init__(self, name: str, problem: str, drawing: str = "") -> None:
+        self.name = name
+        super().__init__(f"{name}: {problem}" + (f"\n{drawing}" if drawing else ""))
+
+
+class MissingExtraError(SeqAttnError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+    def __init__(self, extra: str, package: str) -> None:
+        self.extra = extra
+        super().__init__(f"{package} is not installed: pip install 'seqattn[{extra}]'")

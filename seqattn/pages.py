@@ -1,0 +1,284 @@
+"""Page numbers and their reference counts; numpy only.
+
+A page is a fixed run of token slots. `PageAllocator` knows page *numbers*; the tensors behind them belong to
+`seqattn.cache.PagedKVCacheManager`, which is an allocator with memory.
+
+    stack   [7 6 5 4 | . . . .]     free pages, the next one to hand out last
+                     ^ available_pages_count
+    ref_count  [2 1 1 1 0 0 0 0]    one entry a page
+
+Invariants (`check()`):
+
+- P1 every page is free xor in use; the free stack holds no page twice.
+- P2 `ref_count[p] == 0` if and only if p is free.
+- P3 `ref_count[p]` is at least the number of known holders of p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from seqattn.errors import BadValueError, InvariantError, LengthError, NoPageError, PageError
+
+if TYPE_CHECKING:
+    PageArray: TypeAlias = npt.NDArray[np.int32]
+    PageList: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+__all__ = ["PageAllocator"]
+
+
+class PageAllocator:
+    """Hands out page numbers and counts the references to them.
+
+    Two sets of methods change the counts. `allocate`, `ref`, `unref` and `release_pages` are for callers who hold pages
+    by hand: they check everything. `take`, `hold` and `drop` are for owners that keep their own books (a descriptor, a
+    prefix cache): they trust that pages are in use and not named twice, and cost a few numpy calls.
+
+    Args:
+        num_pages: pages in all, at least 1. A fresh allocator hands out pages 0, 1, 2, … in order.
+        page_size: token slots in a page, at least 1.
+
+    Raises:
+        BadValueError: a size below 1, or one that is not an integer.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.num_pages = _positive("num_pages", num_pages)
+        self.page_size = _positive("page_size", page_size)
+        self.ref_count: PageArray = np.zeros(self.num_pages, dtype=np.int32)
+        self._stack: PageArray = np.arange(self.num_pages - 1, -1, -1, dtype=np.int32)
+        self._top = self.num_pages
+        #: references held by hand: through `allocate` and `ref`, less `unref` and what a descriptor took over.
+        self.num_outside_refs = 0
+
+    @property
+    def available_pages_count(self) -> int:
+        """Number of free pages; O(1)."""
+        return self._top
+
+    @property
+    def free_pages(self) -> PageArray:
+        """The free pages, int32, the next one to hand out first: a read-only view, valid until the next change."""
+        view = self._stack[: self._top][::-1]
+        view.flags.writeable = False
+        return view
+
+    # -- by hand: checked ---------------------------------------------------------------------------------------------
+
+    def allocate(self, num_pages: int) -> PageArray:
+        """Takes free pages, each with one reference that the caller owns.
+
+        Args:
+            num_pages: how many; 0 is legal.
+
+        Returns:
+            Page numbers, int32 [num_pages], all different.
+
+        Raises:
+            NoPageError: fewer pages are free; nothing is taken.
+            LengthError: a negative number, or not an integer.
+
+        Cost: O(num_pages), two numpy calls.
+        """
+        pages = self.take(as_count("num_pages", num_pages))
+        self.num_outside_refs += len(pages)
+        return pages
+
+    def ref(self, page_indices: PageList) -> None:
+        """Adds one reference, owned by the caller, to each page; a page named twice gets two.
+
+        Raises:
+            PageError: a page out of range, or a free one; no count changes.
+        """
+        pages = self.as_pages(page_indices)
+        counts = self.ref_count[pages]
+        if len(pages) and counts.min() == 0:
+            page = int(pages[counts.argmin()])
+            raise PageError(f"page {page} is free and cannot be referenced: allocate it first")
+        np.add.at(self.ref_count, pages, np.int32(1))
+        self.num_outside_refs += len(pages)
+
+    def unref(self, page_indices: PageList) -> None:
+        """Gives back one reference per entry; pages that nobody holds any more become free.
+
+        Raises:
+            PageError: a page out of range, or named more often than it is referenced; no count changes.
+        """
+        self.num_outside_refs -= self.release_refs(page_indices)
+
+    def release_pages(self, page_indices: PageList) -> None:
+        """The same as `unref`; seqattn 0.0.2 had both names."""
+        self.unref(page_indices)
+
+    def release_refs(self, page_indices: PageList) -> int:
+        """What `unref` does, for references that were not held by hand; returns how many were given back."""
+        pages = self.as_pages(page_indices)
+        np.subtract.at(self.ref_count, pages, np.int32(1))
+        left = self.ref_count[pages]
+        if len(pages) and left.min() <= 0:
+            if left.min() < 0:
+                np.add.at(self.ref_count, pages, np.int32(1))
+                page = int(pages[left.argmin()])
+                named, held = int((pages == page).sum()), int(self.ref_count[page])
+                raise PageError(f"page {page} has {held} references but {named} were given back: was it released twice?")
+            self._push(_unique(pages[left == 0]))
+        return len(pages)
+
+    # -- for owners that keep their own books: unchecked --------------------------------------------------------------
+
+    def take(self, num_pages: int) -> PageArray:
+        """`allocate` without its argument check; the references belong to an owner with books of its own.
+
+        Raises:
+            NoPageError: fewer pages are free; nothing is taken.
+        """
+        top = self._top
+        if num_pages > top:
+            raise NoPageError(num_pages, top)
+        self._top = top - num_pages
+        pages = self._stack[self._top : top][::-1].copy()
+        self.ref_count[pages] = 1
+        return pages
+
+    def hold(self, pages: PageArray) -> None:
+        """Adds a reference to each of these pages: int32, in use, no page twice (not checked)."""
+        self.ref_count[pages] += 1
+
+    def drop(self, pages: PageArray) -> int:
+        """Gives back a reference to each of these pages (int32, in use, no page twice: not checked).
+
+        Returns:
+            How many pages became free.
+        """
+        left = self.ref_count[pages] - 1
+        self.ref_count[pages] = left
+        if left.all():
+            return 0
+        # Last page first, so that dropping what `take` just gave restores the stack exactly.
+        freed = pages[left == 0][::-1]
+        self._push(freed)
+        return len(freed)
+
+    def _push(self, pages: PageArray) -> None:
+        self._stack[self._top : self._top + len(pages)] = pages
+        self._top += len(pages)
+
+    def copy_page_slots(self, src_pages: PageList, dst_pages: PageList, num_slots: PageList) -> None:
+        """Copies the first `num_slots[i]` token slots of page `src_pages[i]` to `dst_pages[i]`, in every layer.
+
+        An allocator has no memory, so here this only checks its arguments: pages in use, slots in [1, page_size], lists
+        of one length, no page written twice, none both read and written. Whatever fails, fails before anything is written.
+
+        Raises:
+            PageError: a page out of range or free, or written where it is also read or written.
+            LengthError: a number of slots outside [1, page_size], or lists of different lengths.
+        """
+        self._refuse_copy(_as_ints(src_pages), _as_ints(dst_pages), _as_ints(num_slots))
+
+    def check_copy(
+        self, src_pages: PageList, dst_pages: PageList, num_slots: PageList
+    ) -> tuple[PageArray, PageArray, PageArray]:
+        """The checked arguments of `copy_page_slots` as int32 arrays."""
+        self._refuse_copy(_as_ints(src_pages), _as_ints(dst_pages), _as_ints(num_slots))
+        return self.as_pages(src_pages), self.as_pages(dst_pages), np.asarray(num_slots, dtype=np.int32).reshape(-1)
+
+    def _refuse_copy(self, src: list[int], dst: list[int], slots: list[int]) -> None:
+        """Raises what `copy_page_slots` raises; plain Python, since most copies are of one page."""
+        if not len(src) == len(dst) == len(slots):
+            raise LengthError(f"{len(src)} source pages, {len(dst)} destinations and {len(slots)} slot counts differ")
+        for page in src + dst:
+            if not 0 <= page < self.num_pages or not self.ref_count[page]:
+                raise PageError(f"page {page} is not in use: a copy needs both of its pages allocated")
+        for count in slots:
+            if not 1 <= count <= self.page_size:
+                raise LengthError(f"{count} slots cannot be copied: a page has {self.page_size}")
+        if len(set(dst)) < len(dst) or not set(dst).isdisjoint(src):
+            raise PageError(f"destinations {dst} must differ from each other and from the sources {src}")
+
+    def as_pages(self, page_indices: PageList) -> PageArray:
+        """Page numbers as an int32 array, checked to be integers in [0, num_pages).
+
+        Raises:
+            PageError: anything else, with the value.
+        """
+        pages: npt.NDArray[Any] = np.asarray(page_indices)
+        if pages.size == 0:
+            return np.empty(0, dtype=np.int32)
+        if pages.ndim != 1 or pages.dtype.kind not in "iu":
+            raise PageError(f"page numbers must be a flat list of integers, not {page_indices!r}")
+        low, high = int(pages.min()), int(pages.max())
+        if low < 0 or high >= self.num_pages:
+            raise PageError(f"page {low if low < 0 else high} is not in [0, {self.num_pages})")
+        return pages.astype(np.int32, copy=False)
+
+    def check(self, holders: PageArray | None = None, *, exact: bool = False) -> None:
+        """Recomputes P1 to P3 from scratch; O(num_pages).
+
+        Args:
+            holders: pages held by known holders, int32, one entry for each reference. None checks P1 and P2 only.
+            exact: the known holders are all there are: counts must be equal, not merely large enough.
+
+        Raises:
+            InvariantError: naming the invariant that does not hold.
+        """
+        free = self._stack[: self._top]
+        if len(np.unique(free)) != len(free) or (len(free) and not 0 <= free.min() <= free.max() < self.num_pages):
+            raise InvariantError("P1", f"the free stack holds a page twice or out of range: {free.tolist()}")
+        is_free = np.zeros(self.num_pages, dtype=bool)
+        is_free[free] = True
+        wrong = np.flatnonzero(is_free != (self.ref_count == 0))
+        if len(wrong) or self.ref_count.min() < 0:
+            page = int(wrong[0]) if len(wrong) else int(self.ref_count.argmin())
+            state = "free" if is_free[page] else "not free"
+            raise InvariantError("P2", f"page {page} is {state} with ref_count {self.ref_count[page]}")
+        if holders is None:
+            return
+        known = np.bincount(holders, minlength=self.num_pages)
+        off = np.flatnonzero(self.ref_count != known if exact else self.ref_count < known)
+        if len(off):
+            page = int(off[0])
+            raise InvariantError("P3", f"page {page} has ref_count {self.ref_count[page]} but {known[page]} holders")
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise BadValueError(f"{name} must be an integer of at least 1, not {value!r}")
+    return int(value)
+
+
+def _as_ints(values: PageList) -> list[int]:
+    """A list of Python ints; raises PageError for anything that is not a flat list of integers."""
+    found = values.tolist() if isinstance(values, np.ndarray) else list(values)
+    for value in found:
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise PageError(f"{value!r} is not an integer: give flat lists of page numbers and slot counts")
+    return found
+
+
+def as_count(name: str, value: int, least: int = 0) -> int:
+    """`value` as an int of at least `least`.
+
+    Raises:
+        LengthError: it is smaller, or not an integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise LengthError(f"{name} must be an integer of at least {least}, not {value!r}")
+    return int(value)
+
+
+def _unique(pages: PageArray) -> PageArray:
+    """The same pages in the same order, each once; most lists have no page twice and come back as they are."""
+    if len(pages) < 2:
+        return pages
+    _, first = np.unique(pages, return_index=True)
+    return pages if len(first) == len(pages) else pages[np.sort(first)]
+
+
+def concatenate(parts: Iterable[PageArray]) -> PageArray:
+    """One int32 array of all parts; an empty one for none."""
+    parts = list(parts)
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)

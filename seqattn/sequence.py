@@ -1,0 +1,97 @@
+"""The page table of one sequence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from seqattn.errors import LengthError
+
+if TYPE_CHECKING:
+    from seqattn.pages import PageArray, PageList
+
+__all__ = ["SequenceData"]
+
+_MIN_CAPACITY = 8
+
+
+class SequenceData:
+    """A sequence's page table and how full its last page is.
+
+        page_size 4, 10 tokens:   pages [7 2 5]   last_page_len 2
+                                         └┬┘└┬┘└┬
+                                   0..3  4..7  8..9
+
+    The table is an int32 buffer that grows by doubling, so that packing it is one copy. It holds page numbers only: the
+    references belong to the descriptor that the sequence is in.
+
+    Args:
+        kv_page_indices: page numbers, first page first; copied.
+        last_page_len: tokens in the last page, at least 1; 0 if there is no page.
+
+    Raises:
+        LengthError: `last_page_len` does not fit the number of pages.
+    """
+
+    __slots__ = ("_buffer", "last_page_len", "num_pages")
+
+    def __init__(self, kv_page_indices: PageList, last_page_len: int) -> None:
+        table = np.array(kv_page_indices, dtype=np.int32)
+        if (last_page_len >= 1) != (table.size > 0):
+            raise LengthError(f"last_page_len {last_page_len} does not fit {table.size} pages: 0 goes with no page only")
+        self._buffer: PageArray = table.reshape(-1)
+        self.num_pages = len(self._buffer)
+        self.last_page_len = last_page_len
+
+    @classmethod
+    def owning(cls, table: PageArray, num_pages: int, last_page_len: int) -> SequenceData:
+        """A sequence whose buffer is `table` itself (int32, not copied); its first `num_pages` entries are in use."""
+        data = cls.__new__(cls)
+        data._buffer = table
+        data.num_pages = num_pages
+        data.last_page_len = last_page_len
+        return data
+
+    @property
+    def kv_page_indices(self) -> list[int]:
+        """The page numbers as a list, made anew on each access: O(pages). `pages` costs O(1)."""
+        return self.table.tolist()
+
+    @property
+    def pages(self) -> PageArray:
+        """The page numbers, int32 [num_pages]: a read-only view, valid until the sequence grows or shrinks."""
+        view = self._buffer[: self.num_pages]
+        view.flags.writeable = False
+        return view
+
+    @property
+    def table(self) -> PageArray:
+        """`pages`, writable: for the owner of the sequence."""
+        return self._buffer[: self.num_pages]
+
+    def append(self, pages: PageArray) -> None:
+        """Adds pages at the end; amortised O(len(pages))."""
+        start, stop = self.num_pages, self.num_pages + len(pages)
+        if stop > len(self._buffer):
+            grown = np.empty(max(_MIN_CAPACITY, stop + stop // 2), dtype=np.int32)
+            grown[:start] = self._buffer[:start]
+            self._buffer = grown
+        self._buffer[start:stop] = pages
+        self.num_pages = stop
+
+    def num_tokens(self, page_size: int) -> int:
+        """Tokens in all pages together."""
+        return (self.num_pages - 1) * page_size + self.last_page_len if self.num_pages else 0
+
+    def __eq__(self, other: object) -> bool:
+        """Equal tables and equal lengths."""
+        if not isinstance(other, SequenceData):
+            return NotImplemented
+        return self.last_page_len == other.last_page_len and np.array_equal(self.table, other.table)
+
+    __hash__ = None  # type: ignore[assignment]  # mutable, like the attrs class of 0.0.2
+
+    def __repr__(self) -> str:
+        """In the form of its constructor."""
+        return f"SequenceData(kv_page_indices={self.kv_page_indices}, last_page_len={self.last_page_len})"
