@@ -48,4 +48,4 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401  the type of a name is in the
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return list(__all__)

@@ -7,12 +7,12 @@ import sys
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 
 from radix.replay.readers import FORMATS, read_trace
-from radix.replay.simulate import POLICIES, capacity_of, simulate
+from radix.replay.simulator import POLICIES, capacity_of, simulate
 from radix.replay.tokenizer import load_tokenizer
 from seqattn.errors import MissingExtraError, SeqAttnError
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _REPLAY_HELP = """Replay a trace of requests through a prefix cache and count what it finds.
 
-TRACE is a file with one JSON object a line, plain, .gz or .xz: a Mooncake trace (hash ids of 512-token blocks), sessions
-with nested requests (hash ids of their whole blocks), or calls with their full text.
+TRACE is a file with one JSON object a line, plain, .gz or .xz: a Mooncake trace (hash ids of 512-token blocks),
+sessions with nested requests (hash ids of their whole blocks), or calls with their full text.
 
 The prompts are replayed one at a time, through the cache that serves real requests, over page numbers without memory
 behind them. Without a capacity the cache is unbounded."""
@@ -42,7 +42,7 @@ class _Options:
     page_size: int
     capacity_pages: int | None
     capacity_fraction: float | None
-    policy: str
+    policy: Literal["lru"]
     whole_pages: bool
     limit: int | None
     tokenizer: str | None
@@ -52,19 +52,19 @@ class _Options:
 def main() -> None:
     """Runs the command line; an error of this project is one line on stderr and exit code 2."""
     try:
-        _require("rich", "rich_click")
+        _require("rich")
+        _require("rich_click")
         _application()(prog_name="python -m radix")
     except SeqAttnError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  a command line prints
         sys.exit(2)
 
 
-def _require(*packages: str) -> None:
-    for package in packages:
-        try:
-            import_module(package)
-        except ImportError as error:
-            raise MissingExtraError("cli", package) from error
+def _require(package: str) -> None:
+    try:
+        import_module(package)
+    except ImportError as error:
+        raise MissingExtraError("cli", package) from error
 
 
 def _application() -> click.RichGroup:
@@ -72,14 +72,14 @@ def _application() -> click.RichGroup:
     import rich_click as click
 
     replay = click.RichCommand(
-        "replay",
+        name="replay",
         callback=lambda **typed: _replay(_Options(**typed)),
         params=_replay_parameters(),
         help=_REPLAY_HELP,
         context_settings={"show_default": True},
     )
     return click.RichGroup(
-        "radix",
+        name="radix",
         commands=[replay],
         help="Prefix reuse for paged KV caches.",
         context_settings={"help_option_names": ["-h", "--help"]},

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from radix.tree import Inserted
     from seqattn.pages import PageArray
 
-__all__ = ["put"]
+__all__ = ["hand_over", "publish", "put"]
 
 
 def put(state: State, run: Running, num_tokens: int) -> Inserted:
@@ -101,6 +101,29 @@ def _replace(state: State, old_page: int, leaf: Node) -> None:
     state.manager.drop(old)
 
 
-def num_pages(done: Inserted) -> int:
-    """How many pages the tree has for what was put."""
-    return len(done.pages) // PAGE_ID_BYTES
+def publish(state: State, run: Running, num_tokens: int) -> None:
+    """Puts the first `num_tokens` tokens, full pages, in the tree; the sequence goes on and holds what it held."""
+    at = run.num_tree_pages
+    done = put(state, run, num_tokens)
+    pages, known = np.frombuffer(done.pages, dtype=np.int32), done.num_known
+    own = run.data.table[at : at + len(pages)]
+    state.manager.hold(own[known:])
+    if known:
+        state.manager.hold(pages[:known])
+        state.manager.drop(own[:known])
+        own[:known] = pages[:known]
+        state.descriptor.tables_version += 1
+    state.tree.hold(done.node, run.node)
+    run.node, run.num_tree_pages = done.node, at + len(pages)
+
+
+def hand_over(state: State, run: Running, num_tokens: int) -> PageArray:
+    """Puts the first `num_tokens` tokens in the tree, which takes over the references to its new pages.
+
+    Returns:
+        The sequence's other pages, int32: its references to them are still to be given back.
+    """
+    at, table = run.num_tree_pages, run.data.table
+    done = put(state, run, num_tokens)
+    first, last = at + done.num_known, at + len(done.pages) // PAGE_ID_BYTES
+    return table[:first] if last == len(table) else np.concatenate((table[:first], table[last:]))

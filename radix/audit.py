@@ -75,7 +75,9 @@ def _check_running(state: State, seq_id: object, run: Running) -> None:
     """The sequence's tokens fit its pages, its leading pages are its path's, and so are their tokens."""
     page_size = state.tree.page_size
     if run.data is not state.descriptor.seq_id_to_data[seq_id] or run.num_tokens != run.data.num_tokens(page_size):
-        _fail(state, "S1", f"sequence {seq_id!r} has {run.num_tokens} token ids but pages for another number: {run.data}")
+        _fail(
+            state, "S1", f"sequence {seq_id!r} has {run.num_tokens} token ids but pages for another number: {run.data}"
+        )
     pages = path_pages(run.node)
     if len(pages) != run.num_tree_pages or not np.array_equal(pages, run.data.table[: len(pages)]):
         _fail(state, "C2", f"sequence {seq_id!r} holds {run.data} but its path has pages {pages.tolist()}")

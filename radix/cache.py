@@ -2,7 +2,7 @@
 
     start ──▶ extend ──▶ … ──▶ publish ──▶ … ──▶ finish          abort, truncate and fork in between
       │          │                │                │
-      │          │                │                └─ the tree takes over the pages, tail included; nobody holds them: idle
+      │          │                │                └─ the tree takes over the pages, tail included: now idle
       │          │                └─ the tree takes a reference to the full pages; the sequence keeps its own
       │          └─ pages for more tokens, evicting idle ones if none is free
       └─ match, share the full pages, copy the tail page, allocate the rest
@@ -21,17 +21,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from radix import show
-from radix.adopt import num_pages, put
+from radix.adopt import hand_over, publish
 from radix.audit import check_cache
+from radix.changing import extend_all, fork_one, let_go_after
 from radix.pin import Pinned
-from radix.reserve import Plan, Reserve, plan_start
-from radix.retries import Retries
+from radix.reserve import Plan, plan_start
 from radix.running import PrefixMatch, Running, Started, match_of
+from radix.starting import start_all
 from radix.state import State
 from radix.tokens import TOKEN_BYTES, Tokens, as_key, one_token
 from seqattn.errors import (
@@ -43,7 +44,6 @@ from seqattn.errors import (
     UnknownSequenceError,
 )
 from seqattn.pages import as_count, concatenate
-from seqattn.sequence import SequenceData
 
 if TYPE_CHECKING:
     from radix.show import Decode
@@ -83,8 +83,6 @@ class PrefixCache:
         self.tree: RadixTree = self.state.tree
         self.descriptor: CacheDescriptor = self.state.descriptor
         self.lock = threading.RLock()
-        self._reserve = Reserve(manager, self.tree, self.state.stats)
-        self._retries = Retries()
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -95,9 +93,9 @@ class PrefixCache:
 
     @property
     def num_reclaimable_pages(self) -> int:
-        """Pages that eviction could free now: held by the tree alone. O(1), O(idle nodes) while pages are held by hand."""
+        """Pages that eviction could free now. O(1), but O(idle nodes) while pages are held by hand."""
         with self.lock:
-            return self._reserve.num_reclaimable()
+            return self.state.reserve.num_reclaimable()
 
     def match(self, tokens: Tokens, *, namespace: Hashable = None) -> PrefixMatch:
         """The longest cached prefix of `tokens`; changes nothing, not even recency.
@@ -132,8 +130,8 @@ class PrefixCache:
         with self.lock:
             plan = self._plan(None, key, namespace, 1)
             try:
-                self._reserve.refuse_too_large([plan])
-                self._reserve.fit([plan])
+                self.state.reserve.refuse_too_large([plan])
+                self.state.reserve.fit([plan])
             except NoPageError:
                 return False
             return True
@@ -166,7 +164,7 @@ class PrefixCache:
         key = as_key(tokens)
         with self.lock:
             self._refuse_running(seq_id)
-            return self._start([self._plan(seq_id, key, namespace, min_uncached_tokens)])[0]
+            return start_all(self.state, [self._plan(seq_id, key, namespace, min_uncached_tokens)])[0]
 
     def start_many(
         self,
@@ -192,7 +190,8 @@ class PrefixCache:
             for seq_id in seq_ids:
                 self._refuse_running(seq_id)
             each = zip(seq_ids, keys, names, strict=True)
-            return self._start([self._plan(seq_id, key, name, min_uncached_tokens) for seq_id, key, name in each])
+            plans = [self._plan(seq_id, key, name, min_uncached_tokens) for seq_id, key, name in each]
+            return start_all(self.state, plans)
 
     def _plan(self, seq_id: Hashable, key: bytes, namespace: Hashable, min_uncached_tokens: int) -> Plan:
         if not key:
@@ -200,78 +199,6 @@ class PrefixCache:
         max_cached = len(key) // TOKEN_BYTES - as_count("min_uncached_tokens", min_uncached_tokens)
         _hashable("namespace", namespace)
         return plan_start(self.tree, seq_id, key, namespace, max_cached=max_cached, whole_pages=self.whole_pages)
-
-    def _start(self, plans: list[Plan]) -> list[Started]:
-        self._reserve.refuse_too_large(plans)
-        needed = sum(plan.num_new for plan in plans)
-        kept = self._reserve.fit(plans) if needed > self.manager.available_pages_count else {}
-        reservation = self._reserve.reserve(needed, kept)
-        forks = [plan for plan in plans if plan.tail_len]
-        try:
-            if forks:
-                copies = [plan.source for plan in forks], reservation.pages[: len(forks)], [p.tail_len for p in forks]
-                self.manager.copy_page_slots(*copies)
-        except BaseException:
-            self._reserve.cancel(reservation)
-            raise
-        tails = iter(reservation.pages[: len(forks)])
-        at, started = len(forks), []
-        for plan in plans:
-            tail = [next(tails)] if plan.tail_len else []
-            end = at + plan.num_new - len(tail)
-            started.append(self._begin(plan, tail, reservation.pages[at:end]))
-            at = end
-        self._reserve.commit(reservation)
-        return started
-
-    def _begin(self, plan: Plan, tail: list[Any], new_pages: PageArray) -> Started:
-        """Makes a planned sequence run; cannot fail. `tail` is the page that its cached tail was copied to, if any."""
-        page_size, shared = self.tree.page_size, plan.num_shared
-        table = np.empty(plan.num_pages + plan.num_pages // 8 + 8, dtype=np.int32)
-        table[:shared] = pages = np.frombuffer(plan.path.pages, dtype=np.int32, count=shared)
-        table[shared : shared + len(tail)] = tail
-        table[shared + len(tail) : plan.num_pages] = new_pages
-        num_tokens = len(plan.key) // TOKEN_BYTES
-        data = SequenceData.owning(table, plan.num_pages, num_tokens - (plan.num_pages - 1) * page_size)
-        run = Running(data, plan.namespace, plan.key)
-        forked = (plan.source, int(tail[0]), plan.tail_len) if tail else None
-        self._hold_path(plan, run)
-        if shared:
-            self.manager.hold(pages)
-        self.state.running[plan.seq_id] = run
-        self.descriptor.add(plan.seq_id, data)
-        started = Started(shared * page_size + plan.tail_len, shared, forked)
-        self._count(plan, started)
-        return started
-
-    def _hold_path(self, plan: Plan, run: Running) -> None:
-        """Holds the nodes of the shared pages; stamps them, and the page that the tail was copied from."""
-        tree, shared = self.tree, plan.num_shared
-        if not shared and not plan.tail_len:
-            return
-        node, end = plan.path.nodes[-1], plan.path.num_pages
-        source = None
-        if plan.tail_len:
-            node = source = tree.cut(node, end, shared + 1)
-            end = shared + 1
-        if shared:
-            run.node = tree.cut(node, end, shared)
-            run.num_tree_pages = shared
-            tree.hold(run.node, reuses=1)
-        if source is not None:
-            tree.cut(source, shared + 1, shared)
-            source.num_reuses += 1
-            tree.stamp(source)
-
-    def _count(self, plan: Plan, started: Started) -> None:
-        stats = self.stats
-        if self._retries.is_retry(plan.seq_id, plan.key):
-            return
-        stats.num_requests += 1
-        stats.num_query_tokens += len(plan.key) // TOKEN_BYTES
-        stats.num_hit_tokens += started.num_cached_tokens
-        stats.num_shared_pages += started.num_shared_pages
-        stats.num_forked_pages += started.forked is not None
 
     # -- running ------------------------------------------------------------------------------------------------------
 
@@ -289,23 +216,11 @@ class PrefixCache:
 
         A last page that is shared after a `truncate` inside it is copied first.
         """
-        keys = [one_token(ids) if isinstance(ids, (int, np.integer)) else as_key(ids) for ids in token_ids]
+        keys = [one_token(ids) if isinstance(ids, int) else as_key(np.atleast_1d(ids)) for ids in token_ids]
         with self.lock:
-            runs = [self._get(seq_id) for seq_id in seq_ids]
-            growth = self.descriptor.plan_growth(seq_ids, [len(key) // TOKEN_BYTES for key in keys])
-            reservation = self._reserve.reserve(growth.num_pages)
-            try:
-                self.descriptor.copy_for(growth, reservation.pages)
-            except BaseException:
-                self._reserve.cancel(reservation)
-                raise
-            for seq_id in growth.copy_ids:
-                self._let_go_after(run := self.state.running[seq_id], run.data.num_pages - 1)
-            self.descriptor.grow(growth, reservation.pages)
-            self._reserve.commit(reservation)
-            self.stats.num_forked_pages += len(growth.copy_ids)
-            for run, key in zip(runs, keys, strict=True):
-                run.tail += key
+            for seq_id in seq_ids:
+                self._get(seq_id)
+            extend_all(self.state, seq_ids, keys)
 
     def fork(self, seq_id: Hashable, new_seq_id: Hashable) -> None:
         """Starts a sequence with the same tokens: full pages are shared, the partly filled last page is copied.
@@ -318,22 +233,7 @@ class PrefixCache:
         with self.lock:
             run = self._get(seq_id)
             self._refuse_running(new_seq_id)
-            reservation = self._reserve.reserve(self.descriptor.pages_to_fork(seq_id, new_seq_id))
-            try:
-                self.descriptor.copy_tail(seq_id, reservation.pages)
-            except BaseException:
-                self._reserve.cancel(reservation)
-                raise
-            self._reserve.commit(reservation)
-            self.descriptor.fork_with(seq_id, new_seq_id, reservation.pages)
-            data = self.descriptor.seq_id_to_data[new_seq_id]
-            new = Running(data, run.namespace, run.prompt, run.tail[:], is_detached=run.is_detached)
-            new.num_tree_pages = min(run.num_tree_pages, data.num_pages - len(reservation.pages))
-            if new.num_tree_pages:
-                new.node = self.tree.cut(run.node, run.num_tree_pages, new.num_tree_pages)  # type: ignore[arg-type]
-                self.tree.hold(new.node)
-            self.state.running[new_seq_id] = new
-            self.stats.num_forked_pages += len(reservation.pages)
+            fork_one(self.state, run, seq_id, new_seq_id)
 
     def truncate(self, seq_id: Hashable, num_tokens: int) -> None:
         """Keeps the first `num_tokens` tokens; the pages after them are given back: a use of what they held.
@@ -347,17 +247,9 @@ class PrefixCache:
         with self.lock:
             run = self._get(seq_id)
             num_tokens = self.descriptor.check_cut(seq_id, num_tokens)
-            self._let_go_after(run, -(-num_tokens // self.tree.page_size))
+            let_go_after(self.state, run, -(-num_tokens // self.tree.page_size))
             self.descriptor.truncate(seq_id, num_tokens)
             run.cut_tokens(num_tokens)
-
-    def _let_go_after(self, run: Running, num_pages: int) -> None:
-        """Ends the sequence's hold on tree pages after its first `num_pages`; references are the caller's to settle."""
-        if run.node is not None and run.num_tree_pages > num_pages:
-            above = self.tree.cut(run.node, run.num_tree_pages, num_pages)
-            self.tree.release(run.node, above)
-            run.node = above if num_pages else None
-            run.num_tree_pages = num_pages
 
     # -- ending -------------------------------------------------------------------------------------------------------
 
@@ -378,20 +270,8 @@ class PrefixCache:
         with self.lock:
             run = self._get(seq_id)
             num_full = self._computed(seq_id, run, num_tokens) // self.tree.page_size
-            if run.is_detached or not num_full:
-                return
-            at = run.num_tree_pages
-            done = put(self.state, run, num_full * self.tree.page_size)
-            pages, known = np.frombuffer(done.pages, dtype=np.int32), done.num_known
-            own = run.data.table[at : at + len(pages)]
-            self.manager.hold(own[known:])
-            if known:
-                self.manager.hold(pages[:known])
-                self.manager.drop(own[:known])
-                own[:known] = pages[:known]
-                self.descriptor.tables_version += 1
-            self.tree.hold(done.node, run.node)
-            run.node, run.num_tree_pages = done.node, at + len(pages)
+            if num_full and not run.is_detached:
+                publish(self.state, run, num_full * self.tree.page_size)
 
     def finish(self, seq_id: Hashable, *, num_tokens: int | None = None) -> None:
         """Puts everything computed in the tree, the partly filled last page included, and ends the sequence.
@@ -409,13 +289,8 @@ class PrefixCache:
             num_tokens = self._computed(seq_id, run, num_tokens)
             if self.whole_pages:
                 num_tokens -= num_tokens % self.tree.page_size
-            table = run.data.table
-            if num_tokens and not run.is_detached:
-                at = run.num_tree_pages
-                done = put(self.state, run, num_tokens)
-                first, last = at + done.num_known, at + num_pages(done)
-                table = table[:first] if last == len(table) else concatenate((table[:first], table[last:]))
-            self._end(seq_id, run, table)
+            hands_over = num_tokens and not run.is_detached
+            self._end(seq_id, run, hand_over(self.state, run, num_tokens) if hands_over else run.data.table)
 
     def abort(self, seq_id: Hashable) -> None:
         """Ends a sequence without publishing more of it; what it shared counts as used.
@@ -427,7 +302,7 @@ class PrefixCache:
         """
         with self.lock:
             run = self._get(seq_id)
-            self._retries.remember(seq_id, run.prompt)
+            self.state.retries.remember(seq_id, run.prompt)
             self._end(seq_id, run, run.data.table)
 
     def _end(self, seq_id: Hashable, run: Running, pages: PageArray) -> None:
@@ -464,7 +339,7 @@ class PrefixCache:
         """
         num_pages = as_count("num_pages", num_pages)
         with self.lock:
-            return self._reserve.evict(num_pages)
+            return self.state.reserve.evict(num_pages)
 
     def clear(self) -> None:
         """Forgets the whole tree, also what is in use: after new weights no cached KV is right.
@@ -521,7 +396,7 @@ class PrefixCache:
             check_cache(self.state, outside)
 
     def show(self, *, decode: Decode | None = None) -> str:
-        """The tree as text, one edge a line; `decode` turns token ids into text. `radix.show.draw_html` draws a page."""
+        """The tree as text, one edge a line; `decode` turns token ids into text. `radix.show.draw_html` makes a page."""
         with self.lock:
             return show.draw(self.tree, decode=decode)
 

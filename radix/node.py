@@ -23,7 +23,7 @@ from radix.tokens import TOKEN_BYTES, common_bytes
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["PAGE_ID_BYTES", "Node", "Root"]
+__all__ = ["PAGE_ID_BYTES", "Node", "Root", "nearest"]
 
 #: bytes of one page number in `Node.pages`
 PAGE_ID_BYTES = 4
@@ -75,12 +75,13 @@ class Node:
         kids = self.children
         if kids is None:
             return iter(())
-        return iter((kids,)) if type(kids) is Node else iter(kids.values())
+        return iter((kids,)) if isinstance(kids, Node) else iter(kids.values())
 
     def __repr__(self) -> str:
         """Sizes and state, not the tokens: edges are long."""
         state = f"held by {self.num_holders}" if self.num_holders else "idle"
-        return f"<{type(self).__name__} {self.num_tokens} tokens, {self.num_pages} pages, {state}, used at {self.stamp}>"
+        sizes = f"{self.num_tokens} tokens, {self.num_pages} pages"
+        return f"<{type(self).__name__} {sizes}, {state}, used at {self.stamp}>"
 
     def add(self, child: Node, page_bytes: int) -> None:
         """Files a new child; O(log children)."""
@@ -88,46 +89,27 @@ class Node:
         if kids is None:
             self.children = child
             return
-        if type(kids) is Node:
+        if isinstance(kids, Node):
             self.children = kids = SortedDict({kids.key[:page_bytes]: kids})
         kids[child.key[:page_bytes]] = child
 
     def remove(self, child: Node, page_bytes: int) -> None:
         """Takes a child out; O(log children). One that is left goes back into the slot."""
         kids = self.children
-        if kids is child:
+        if kids is None or isinstance(kids, Node):
             self.children = None
             return
         del kids[child.key[:page_bytes]]
         if len(kids) == 1:
             self.children = kids.peekitem(0)[1]
 
-    def replace(self, child: Node, other: Node, page_bytes: int) -> None:
-        """Puts `other`, whose first page is the same, in the place of `child`; O(1)."""
-        if self.children is child:
+    def replace(self, other: Node, page_bytes: int) -> None:
+        """Puts `other` in the place of the child whose first page is the same; O(1)."""
+        kids = self.children
+        if kids is None or isinstance(kids, Node):
             self.children = other
         else:
-            self.children[other.key[:page_bytes]] = other
-
-    def nearest(self, page: bytes) -> tuple[Node, int]:
-        """Among two or more children of which none begins with `page`: the one that shares the most tokens with it.
-
-        In sorted order that child is a neighbour of where `page` would stand: what lies between two keys shares at
-        least the prefix that they share. One bisect, two comparisons.
-
-        Returns:
-            The child and how many bytes it shares, in whole tokens, perhaps 0.
-        """
-        kids = self.children
-        at = kids.bisect_left(page)
-        best, most = kids.peekitem(at - 1 if at else 0)[1], 0
-        for index in (at - 1, at):
-            if 0 <= index < len(kids):
-                key, child = kids.peekitem(index)
-                common = common_bytes(key, page)
-                if common > most:
-                    best, most = child, common
-        return best, most
+            kids[other.key[:page_bytes]] = other
 
     def related(self, key: bytes, offset: int, page_bytes: int) -> Node | None:
         """The child that has a prefix in common with `key[offset:]` that is a whole page or all of one of the two.
@@ -136,17 +118,17 @@ class Node:
         predecessor in sorted order, one that `key` is a prefix of its successor.
         """
         kids = self.children
-        if kids is None or type(kids) is Node:
+        if kids is None or isinstance(kids, Node):
             return kids
         page = key[offset : offset + page_bytes]
-        child: Node | None = kids.get(page)
+        child = kids.get(page)
         if child is not None:
             return child
         at = kids.bisect_left(page)
         if at and page.startswith(kids.peekitem(at - 1)[0]):
-            return kids.peekitem(at - 1)[1]  # type: ignore[no-any-return]  # sortedcontainers has no types
+            return kids.peekitem(at - 1)[1]
         if len(page) < page_bytes and at < len(kids) and kids.peekitem(at)[0].startswith(page):
-            return kids.peekitem(at)[1]  # type: ignore[no-any-return]
+            return kids.peekitem(at)[1]
         return None
 
 
@@ -158,3 +140,23 @@ class Root(Node):
     def __init__(self, namespace: Hashable) -> None:
         super().__init__(b"", b"", None)
         self.namespace = namespace
+
+
+def nearest(kids: SortedDict[bytes, Node], page: bytes) -> tuple[Node, int]:
+    """Among children of which none begins with `page`: the one that shares the most tokens with it.
+
+    In sorted order that child is a neighbour of where `page` would stand: what lies between two keys shares at least
+    the prefix that they share. One bisect, two comparisons.
+
+    Returns:
+        The child and how many bytes it shares, in whole tokens, perhaps 0.
+    """
+    at = kids.bisect_left(page)
+    best, most = kids.peekitem(at - 1 if at else 0)[1], 0
+    for index in (at - 1, at):
+        if 0 <= index < len(kids):
+            key, child = kids.peekitem(index)
+            common = common_bytes(key, page)
+            if common > most:
+                best, most = child, common
+    return best, most

@@ -87,9 +87,9 @@ def _check_counters(tree: RadixTree, nodes: list[Node], num_pages: int) -> None:
     for before, after in pairwise(tree.idle):
         if before.stamp > after.stamp:
             _fail(tree, "T6", f"the queue is out of order: {describe(before)} before {describe(after)}")
-    for node in place:
+    for node, index in place.items():
         for child in node:
-            if place.get(child, len(place)) > place[node]:
+            if place.get(child, len(place)) > index:
                 _fail(tree, "T6", f"a node stands before its child in the queue: {describe(node)}")
 
 

@@ -121,7 +121,9 @@ class Reserve:
         self.manager.drop(pages)
         return len(pages)
 
-    def find(self, num_pages: int, kept: Mapping[Node, int] = _NOTHING_KEPT) -> tuple[list[tuple[Node, int]], PageArray]:
+    def find(
+        self, num_pages: int, kept: Mapping[Node, int] = _NOTHING_KEPT
+    ) -> tuple[list[tuple[Node, int]], PageArray]:
         """The victims that free the next `num_pages` idle pages, and those pages, in the order in which they go.
 
         A page that is also held by hand would not become free; it leaves the tree with the others and does not count.
@@ -213,5 +215,11 @@ def plan_start(
     path = tree.match(key, namespace, limit=max(0, max_cached) * TOKEN_BYTES)
     num_shared, tail = divmod(path.num_bytes, tree.page_bytes)
     return Plan(
-        seq_id, key, namespace, path, num_shared, 0 if whole_pages else tail // TOKEN_BYTES, -(-len(key) // tree.page_bytes)
+        seq_id,
+        key,
+        namespace,
+        path,
+        num_shared,
+        0 if whole_pages else tail // TOKEN_BYTES,
+        -(-len(key) // tree.page_bytes),
     )

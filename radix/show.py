@@ -1,10 +1,10 @@
 """The tree as text and as HTML.
 
-    namespace None
-    ├── [5 6 7 8 9 … 4] 12 tokens · pages 0 1 2 · held by 2 · used at 7
-    │   ├── [1 1 2] 3 tokens · page 3 · idle · used at 4
-    │   └── [2 2 2 2] 4 tokens · page 9 · held by 1 · used at 7
-    └── [8] 1 token · page 4 · idle · used at 2
+namespace None
+  ├── [5 6 7 8 9 … 4] 12 tokens · pages 0 1 2 · held by 2 · used at 7
+  │   ├── [1 1 2] 3 tokens · page 3 · idle · used at 4
+  │   └── [2 2 2 2] 4 tokens · page 9 · held by 1 · used at 7
+  └── [8] 1 token · page 4 · idle · used at 2
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def draw_html(tree: RadixTree, *, decode: Decode | None = None) -> str:
     out: list[str] = [_HEAD]
     for root in tree.roots.values():
         out.append(f"<h2>namespace {html.escape(repr(root.namespace))}</h2>")
-        stack: list[Node | str] = list(root)[::-1]
+        stack: list[Node | str] = [*root][::-1]
         while stack:
             node = stack.pop()
             if isinstance(node, str):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field
 
+from radix.reserve import Reserve
+from radix.retries import Retries
 from radix.stats import CacheStats
 from radix.tree import RadixTree
 from seqattn.descriptor import CacheDescriptor
@@ -28,7 +30,10 @@ class State:
     running: dict[Hashable, Running] = field(init=False, factory=dict)
     pins: set[Pin] = field(init=False, factory=set)
     stats: CacheStats = field(init=False, factory=CacheStats)
+    retries: Retries = field(init=False, factory=Retries)
+    reserve: Reserve = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.tree = RadixTree(self.manager.page_size)
         self.descriptor = CacheDescriptor(self.manager)
+        self.reserve = Reserve(self.manager, self.tree, self.stats)

@@ -30,8 +30,9 @@ from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterator, Mapping
 
 from attrs import define
+from sortedcontainers import SortedDict
 
-from radix.node import PAGE_ID_BYTES, Node, Root
+from radix.node import PAGE_ID_BYTES, Node, Root, nearest
 from radix.proof import check_tree
 from radix.tokens import TOKEN_BYTES, common_bytes
 from seqattn.errors import TokenError
@@ -114,20 +115,25 @@ class RadixTree:
             kids = node.children
             if kids is None:
                 break
-            child = kids if type(kids) is Node else kids.get(key[at : at + page_bytes])
-            if child is None:
-                child, common = node.nearest(key[at : at + page_bytes])
-            elif key.startswith(child.key, at):
-                nodes.append(child)
-                at += len(child.key)
-                node = child
-                continue
+            if isinstance(kids, Node):
+                child = kids
+            elif (found := kids.get(key[at : at + page_bytes])) is not None:
+                child = found
             else:
+                child, common = nearest(kids, key[at : at + page_bytes])
+                if common:
+                    nodes.append(child)
+                    at += common
+                break
+            if not key.startswith(child.key, at):
                 common = common_bytes(child.key, key, at)
-            if common:
-                nodes.append(child)
-                at += common
-            break
+                if common:
+                    nodes.append(child)
+                    at += common
+                break
+            nodes.append(child)
+            at += len(child.key)
+            node = child
         if limit is not None and at > limit:
             at = _shorten(nodes, limit, page_bytes)
         return Path(nodes, b"".join([node.pages for node in nodes]), at)
@@ -161,7 +167,7 @@ class RadixTree:
         return node
 
     def hold(self, node: Node, stop: Node | None = None, *, reuses: int = 0) -> None:
-        """Adds a holder to the path from `node` up to `stop` (not included; None for the root), and stamps all of it."""
+        """Adds a holder to the path from `node` up to `stop` (not included; None: the root), and stamps all of it."""
         self.clock += 1
         clock, idle = self.clock, self.idle
         above: Node | None = node
@@ -306,9 +312,9 @@ class RadixTree:
         old, new = node.key[: self.page_bytes], key[: self.page_bytes]
         node.key = key
         kids = parent.children
-        if kids is not node and old != new:
-            del kids[old]  # type: ignore[union-attr]  # two children or more
-            kids[new] = node  # type: ignore[index]
+        if isinstance(kids, SortedDict) and old != new:
+            del kids[old]
+            kids[new] = node
 
     def _add_leaf(self, parent: Node, key: bytes, pages: bytes) -> Node:
         """A new idle leaf at the recent end of the queue."""
@@ -324,7 +330,7 @@ class RadixTree:
         upper = Node(node.key[:cut], node.pages[: num_pages * PAGE_ID_BYTES], parent, node.stamp)
         upper.num_holders, upper.num_reuses = node.num_holders, node.num_reuses
         upper.children = node
-        parent.replace(node, upper, self.page_bytes)  # type: ignore[union-attr]  # a root has no edge to split
+        parent.replace(upper, self.page_bytes)  # type: ignore[union-attr]  # a root has no edge to split
         node.key, node.pages, node.parent = node.key[cut:], node.pages[num_pages * PAGE_ID_BYTES :], upper
         if not upper.num_holders:
             self.idle[upper] = None

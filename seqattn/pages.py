@@ -124,7 +124,7 @@ class PageAllocator:
                 np.add.at(self.ref_count, pages, np.int32(1))
                 page = int(pages[left.argmin()])
                 named, held = int((pages == page).sum()), int(self.ref_count[page])
-                raise PageError(f"page {page} has {held} references but {named} were given back: was it released twice?")
+                raise PageError(f"page {page} has {held} references but {named} were given back: released twice?")
             self._push(_unique(pages[left == 0]))
         return len(pages)
 
@@ -171,7 +171,7 @@ class PageAllocator:
         """Copies the first `num_slots[i]` token slots of page `src_pages[i]` to `dst_pages[i]`, in every layer.
 
         An allocator has no memory, so here this only checks its arguments: pages in use, slots in [1, page_size], lists
-        of one length, no page written twice, none both read and written. Whatever fails, fails before anything is written.
+        of one length, no page written twice, none both read and written. What fails, fails before anything is written.
 
         Raises:
             PageError: a page out of range or free, or written where it is also read or written.

@@ -39,7 +39,7 @@ class SequenceData:
     def __init__(self, kv_page_indices: PageList, last_page_len: int) -> None:
         table = np.array(kv_page_indices, dtype=np.int32)
         if (last_page_len >= 1) != (table.size > 0):
-            raise LengthError(f"last_page_len {last_page_len} does not fit {table.size} pages: 0 goes with no page only")
+            raise LengthError(f"last_page_len {last_page_len} does not fit {table.size} pages: 0 is for no page")
         self._buffer: PageArray = table.reshape(-1)
         self.num_pages = len(self._buffer)
         self.last_page_len = last_page_len
@@ -56,7 +56,8 @@ class SequenceData:
     @property
     def kv_page_indices(self) -> list[int]:
         """The page numbers as a list, made anew on each access: O(pages). `pages` costs O(1)."""
-        return self.table.tolist()
+        pages: list[int] = self.table.tolist()
+        return pages
 
     @property
     def pages(self) -> PageArray:

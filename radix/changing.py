@@ -1,0 +1,74 @@
+"""Changing running sequences: more tokens, fewer tokens, one more of the same."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+from radix.running import Running
+from radix.tokens import TOKEN_BYTES
+
+if TYPE_CHECKING:
+    from radix.state import State
+
+__all__ = ["extend_all", "fork_one", "let_go_after"]
+
+
+def extend_all(state: State, seq_ids: Sequence[Hashable], keys: Sequence[bytes]) -> None:
+    """Appends tokens to running sequences, all or none; a shared last page that is partly filled is copied first.
+
+    Raises:
+        DuplicateSequenceError, LengthError, NoPageError: nothing has changed.
+    """
+    descriptor, reserve = state.descriptor, state.reserve
+    growth = descriptor.plan_growth(seq_ids, [len(key) // TOKEN_BYTES for key in keys])
+    reservation = reserve.reserve(growth.num_pages)
+    if growth.copy_ids:
+        try:
+            descriptor.copy_for(growth, reservation.pages)
+        except BaseException:
+            reserve.cancel(reservation)
+            raise
+        for seq_id in growth.copy_ids:
+            run = state.running[seq_id]
+            let_go_after(state, run, run.data.num_pages - 1)
+        state.stats.num_forked_pages += len(growth.copy_ids)
+    descriptor.grow(growth, reservation.pages)
+    reserve.commit(reservation)
+    for seq_id, key in zip(seq_ids, keys, strict=True):
+        state.running[seq_id].tail += key
+
+
+def fork_one(state: State, run: Running, seq_id: Hashable, new_seq_id: Hashable) -> None:
+    """Starts a sequence with the tokens of `run`: full pages shared, a partly filled last page copied.
+
+    Raises:
+        DuplicateSequenceError, NoPageError: nothing has changed.
+    """
+    descriptor, reserve = state.descriptor, state.reserve
+    reservation = reserve.reserve(descriptor.pages_to_fork(seq_id, new_seq_id))
+    try:
+        descriptor.copy_tail(seq_id, reservation.pages)
+    except BaseException:
+        reserve.cancel(reservation)
+        raise
+    reserve.commit(reservation)
+    descriptor.fork_with(seq_id, new_seq_id, reservation.pages)
+    data = descriptor.seq_id_to_data[new_seq_id]
+    new = Running(data, run.namespace, run.prompt, run.tail[:], is_detached=run.is_detached)
+    if run.node is not None:
+        new.num_tree_pages = min(run.num_tree_pages, data.num_pages - len(reservation.pages))
+    if run.node is not None and new.num_tree_pages:
+        new.node = state.tree.cut(run.node, run.num_tree_pages, new.num_tree_pages)
+        state.tree.hold(new.node)
+    state.running[new_seq_id] = new
+    state.stats.num_forked_pages += len(reservation.pages)
+
+
+def let_go_after(state: State, run: Running, num_pages: int) -> None:
+    """Ends a sequence's hold on tree pages after its first `num_pages`; references are the caller's to settle."""
+    if run.node is not None and run.num_tree_pages > num_pages:
+        above = state.tree.cut(run.node, run.num_tree_pages, num_pages)
+        state.tree.release(run.node, above)
+        run.node = above if num_pages else None
+        run.num_tree_pages = num_pages
