@@ -23,19 +23,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from radix.cache import PrefixCache, Started
+    from radix.cache import PrefixCache
     from radix.node import Node
-    from radix.tree import PrefixMatch, RadixTree
+    from radix.running import PrefixMatch, Started
+    from radix.stats import CacheStats
+    from radix.tree import RadixTree
 
-__all__ = ["Node", "PrefixCache", "PrefixMatch", "RadixTree", "Started"]
+__all__ = ["CacheStats", "Node", "PrefixCache", "PrefixMatch", "RadixTree", "Started"]
 
 #: the file of every public name
 _HOME = {
+    "CacheStats": "radix.stats",
     "Node": "radix.node",
     "PrefixCache": "radix.cache",
-    "PrefixMatch": "radix.tree",
+    "PrefixMatch": "radix.running",
     "RadixTree": "radix.tree",
-    "Started": "radix.cache",
+    "Started": "radix.running",
 }
 
 

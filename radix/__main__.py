@@ -164,10 +164,10 @@ def _table(name: str, report: ReplayReport) -> Table:
     table.add_row("  found in the cache", f"{report.hit_tokens:,}", f"{report.token_hit_rate:.2%}")
     table.add_row(f"pages of {report.page_size:,} tokens", f"{report.page_accesses:,}")
     table.add_row("  shared whole", f"{report.hit_pages:,}", f"{report.page_hit_rate:.2%}")
-    table.add_row("  copied for their first tokens", forked)
+    table.add_row("  partly matched, copied", forked)
     table.add_row("capacity in pages", capacity)
     table.add_row(f"  evicted ({report.policy})", f"{report.evicted_pages:,}")
-    table.add_row("CPU seconds", f"{report.cpu_seconds:.1f}")
+    table.add_row("CPU seconds", f"{report.cpu_seconds:.2f}")
     return table
 
 

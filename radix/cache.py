@@ -130,7 +130,6 @@ class PrefixCache:
         with self.lock:
             plan = self._plan(None, key, namespace, 1)
             try:
-                self.state.reserve.refuse_too_large([plan])
                 self.state.reserve.fit([plan])
             except NoPageError:
                 return False
@@ -396,7 +395,7 @@ class PrefixCache:
             check_cache(self.state, outside)
 
     def show(self, *, decode: Decode | None = None) -> str:
-        """The tree as text, one edge a line; `decode` turns token ids into text. `radix.show.draw_html` makes a page."""
+        """The tree as text, one edge a line; `decode` turns token ids into text. `show.draw_html` makes a page."""
         with self.lock:
             return show.draw(self.tree, decode=decode)
 

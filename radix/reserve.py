@@ -8,24 +8,24 @@ So whatever fails between, `cancel` leaves everything as it was.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from attrs import define
 
+from radix.node import PAGE_ID_BYTES
 from radix.tokens import TOKEN_BYTES
 from seqattn.errors import NoPageError, PromptTooLargeError
-from seqattn.pages import concatenate
 
 if TYPE_CHECKING:
     from radix.node import Node
     from radix.stats import CacheStats
-    from radix.tree import Path, RadixTree
+    from radix.tree import Kept, Path, RadixTree
     from seqattn.pages import PageAllocator, PageArray
 
 __all__ = ["Plan", "Reservation", "Reserve"]
 
-_NOTHING_KEPT: Mapping[Node, int] = {}
+NOTHING_KEPT: Mapping[Node, int] = {}
 
 
 @define(slots=True, eq=False)
@@ -73,6 +73,22 @@ class Plan:
             end = start
 
 
+class _KeptBy:
+    """What one plan keeps, found when asked: a walk over victims asks for few nodes."""
+
+    __slots__ = ("plan",)
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def get(self, node: Node, default: Literal[0], /) -> int:
+        if node not in self.plan.path.nodes:
+            return default
+        kept: dict[Node, int] = {}
+        self.plan.keep(kept)
+        return kept.get(node, default)
+
+
 @define(slots=True, eq=False)
 class Reservation:
     """Pages for one call: `pages`, int32, the first `num_free` of them from the free list, the rest from the tree."""
@@ -90,7 +106,7 @@ class Reserve:
     tree: RadixTree
     stats: CacheStats
 
-    def reserve(self, num_pages: int, kept: Mapping[Node, int] = _NOTHING_KEPT) -> Reservation:
+    def reserve(self, num_pages: int, kept: Kept = NOTHING_KEPT) -> Reservation:
         """Pages for `num_pages`, idle ones outside `kept` if too few are free.
 
         Raises:
@@ -102,8 +118,9 @@ class Reserve:
         victims, pages = self.find(num_pages - available, kept)
         if len(pages) < num_pages - available:
             raise NoPageError(num_pages, available + len(pages))
-        free = self.manager.take(available)
-        return Reservation(np.concatenate((free, pages)), available, victims)
+        if available:
+            pages = np.concatenate((self.manager.take(available), pages))
+        return Reservation(pages, available, victims)
 
     def commit(self, reservation: Reservation) -> None:
         """Takes the victims out of the tree; the pages are the caller's now."""
@@ -121,9 +138,7 @@ class Reserve:
         self.manager.drop(pages)
         return len(pages)
 
-    def find(
-        self, num_pages: int, kept: Mapping[Node, int] = _NOTHING_KEPT
-    ) -> tuple[list[tuple[Node, int]], PageArray]:
+    def find(self, num_pages: int, kept: Kept = NOTHING_KEPT) -> tuple[list[tuple[Node, int]], PageArray]:
         """The victims that free the next `num_pages` idle pages, and those pages, in the order in which they go.
 
         A page that is also held by hand would not become free; it leaves the tree with the others and does not count.
@@ -131,7 +146,8 @@ class Reserve:
         wanted = num_pages
         while True:
             victims = self.tree.victims(wanted, kept)
-            pages = concatenate(node.page_ids[: -count - 1 : -1] for node, count in victims)
+            named = b"".join([node.pages[-count * PAGE_ID_BYTES :] for node, count in victims])
+            pages = np.frombuffer(named, dtype=np.int32)
             if not self.manager.num_outside_refs:
                 return victims, pages
             freed = pages[self.manager.ref_count[pages] == 1]
@@ -139,13 +155,13 @@ class Reserve:
                 return victims, freed
             wanted += num_pages - len(freed)
 
-    def num_reclaimable(self, kept: Mapping[Node, int] = _NOTHING_KEPT) -> int:
+    def num_reclaimable(self, kept: Mapping[Node, int] = NOTHING_KEPT) -> int:
         """Idle pages outside `kept`; O(kept), or O(idle nodes) while pages are held by hand."""
         if self.manager.num_outside_refs:
             return len(self.find(self.tree.num_idle_pages, kept)[1])
-        return self.tree.num_idle_pages - sum(count for node, count in kept.items() if not node.num_holders)
+        return self.tree.num_idle_pages - sum([count for node, count in kept.items() if not node.num_holders])
 
-    def fit(self, plans: list[Plan]) -> dict[Node, int]:
+    def fit(self, plans: list[Plan]) -> Kept:
         """Makes plans fit: gives up tails, last plan first, where that frees the page that is missing.
 
         Returns:
@@ -155,17 +171,30 @@ class Reserve:
             PromptTooLargeError: a sequence that needs more pages than there are.
             NoPageError: the plans need more pages than are free or can be evicted; nothing has changed.
         """
-        needed = sum(plan.num_new for plan in plans)
-        free = self.manager.available_pages_count
+        for plan in plans:
+            if plan.num_pages > self.manager.num_pages:
+                raise PromptTooLargeError(plan.num_pages, self.manager.num_pages)
+        needed = sum([plan.num_new for plan in plans])
+        missing = needed - self.manager.available_pages_count
+        if missing <= 0:
+            return NOTHING_KEPT
+        if len(plans) == 1 and not self.manager.num_outside_refs:
+            plan = plans[0]
+            if missing <= self.tree.num_idle_pages - plan.path.num_pages:
+                return _KeptBy(plan)
+        return self._fit_tightly(plans, needed, missing)
+
+    def _fit_tightly(self, plans: list[Plan], needed: int, missing: int) -> Kept:
+        """`fit` when it is close: counts exactly what is kept."""
         kept = _kept(plans)
-        short = needed - free - self.num_reclaimable(kept)
+        short = missing - self.num_reclaimable(kept)
         for plan in reversed(plans):
             if short <= 0:
                 return kept
             if plan.tail_len:
                 tail_len, plan.tail_len = plan.tail_len, 0
                 kept = _kept(plans)
-                short_without = needed - free - self.num_reclaimable(kept)
+                short_without = missing - self.num_reclaimable(kept)
                 if short_without == short:
                     plan.tail_len = tail_len
                 short = short_without
@@ -173,21 +202,16 @@ class Reserve:
             raise NoPageError(needed, needed - short)
         return kept
 
-    def refuse_too_large(self, plans: Iterable[Plan]) -> None:
-        """Raises PromptTooLargeError for a sequence that would not fit even in an empty cache."""
-        for plan in plans:
-            if plan.num_pages > self.manager.num_pages:
-                raise PromptTooLargeError(plan.num_pages, self.manager.num_pages)
-
     def _evict(self, victims: list[tuple[Node, int]]) -> None:
         """Trims the tree; pages with other holders lose the tree's reference, the rest keep it for who takes them."""
         clock, stats = self.tree.clock, self.stats
         for node, count in victims:
             stats.count_eviction(count, clock - node.stamp, node.num_reuses)
-            stats.num_evicted_pages += count
-        trimmed = np.frombuffer(self.tree.trim(victims), dtype=np.int32)
+        trimmed = self.tree.trim(victims)
+        stats.num_evicted_pages += len(trimmed) // PAGE_ID_BYTES
         if self.manager.num_outside_refs:
-            others = trimmed[self.manager.ref_count[trimmed] > 1]
+            pages = np.frombuffer(trimmed, dtype=np.int32)
+            others = pages[self.manager.ref_count[pages] > 1]
             self.manager.drop(others)
             stats.num_evicted_pages -= len(others)
 

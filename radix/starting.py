@@ -26,10 +26,8 @@ def start_all(state: State, plans: list[Plan]) -> list[Started]:
         NoPageError: together they need more than are free or idle; nothing has changed.
     """
     reserve = state.reserve
-    reserve.refuse_too_large(plans)
-    needed = sum([plan.num_new for plan in plans])
-    kept = reserve.fit(plans) if needed > state.manager.available_pages_count else {}
-    reservation = reserve.reserve(needed, kept)
+    kept = reserve.fit(plans)
+    reservation = reserve.reserve(sum([plan.num_new for plan in plans]), kept)
     forks = [plan for plan in plans if plan.tail_len]
     if forks:
         try:

@@ -28,6 +28,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterator, Mapping
+from typing import Literal, Protocol
 
 from attrs import define
 from sortedcontainers import SortedDict
@@ -37,9 +38,16 @@ from radix.proof import check_tree
 from radix.tokens import TOKEN_BYTES, common_bytes
 from seqattn.errors import TokenError
 
-__all__ = ["Inserted", "Path", "RadixTree"]
+__all__ = ["Inserted", "Kept", "Path", "RadixTree"]
 
 _NOTHING_KEPT: Mapping[Node, int] = {}
+
+
+class Kept(Protocol):
+    """How many pages of a node, from its beginning, must stay in the tree."""
+
+    def get(self, node: Node, default: Literal[0], /) -> int:
+        """That number; `default` for a node that may go."""
 
 
 @define(slots=True)
@@ -350,7 +358,7 @@ class RadixTree:
 
     # -- trim ---------------------------------------------------------------------------------------------------------
 
-    def victims(self, num_pages: int, kept: Mapping[Node, int] = _NOTHING_KEPT) -> list[tuple[Node, int]]:
+    def victims(self, num_pages: int, kept: Kept = _NOTHING_KEPT) -> list[tuple[Node, int]]:
         """The next `num_pages` pages to trim, least recently used first: nodes and how many pages from their ends.
 
         Args:

@@ -50,7 +50,8 @@ class PageAllocator:
         self.num_pages = _positive("num_pages", num_pages)
         self.page_size = _positive("page_size", page_size)
         self.ref_count: PageArray = np.zeros(self.num_pages, dtype=np.int32)
-        self._stack: PageArray = np.arange(self.num_pages - 1, -1, -1, dtype=np.int32)
+        # Indexing with anything but intp makes numpy convert first, which costs more than the indexing itself.
+        self._stack: npt.NDArray[np.intp] = np.arange(self.num_pages - 1, -1, -1, dtype=np.intp)
         self._top = self.num_pages
         #: references held by hand: through `allocate` and `ref`, less `unref` and what a descriptor took over.
         self.num_outside_refs = 0
@@ -62,8 +63,8 @@ class PageAllocator:
 
     @property
     def free_pages(self) -> PageArray:
-        """The free pages, int32, the next one to hand out first: a read-only view, valid until the next change."""
-        view = self._stack[: self._top][::-1]
+        """The free pages, int32 [available_pages_count], the next one to hand out first; a read-only copy."""
+        view = self._stack[: self._top][::-1].astype(np.int32)
         view.flags.writeable = False
         return view
 
@@ -140,13 +141,13 @@ class PageAllocator:
         if num_pages > top:
             raise NoPageError(num_pages, top)
         self._top = top - num_pages
-        pages = self._stack[self._top : top][::-1].copy()
+        pages = self._stack[self._top : top][::-1]
         self.ref_count[pages] = 1
-        return pages
+        return pages.astype(np.int32)
 
     def hold(self, pages: PageArray) -> None:
         """Adds a reference to each of these pages: int32, in use, no page twice (not checked)."""
-        self.ref_count[pages] += 1
+        self.ref_count[pages.astype(np.intp)] += 1
 
     def drop(self, pages: PageArray) -> int:
         """Gives back a reference to each of these pages (int32, in use, no page twice: not checked).
@@ -154,16 +155,18 @@ class PageAllocator:
         Returns:
             How many pages became free.
         """
-        left = self.ref_count[pages] - 1
-        self.ref_count[pages] = left
-        if left.all():
+        index = pages.astype(np.intp)
+        left = self.ref_count[index]
+        left -= 1
+        self.ref_count[index] = left
+        if np.count_nonzero(left) == len(left):
             return 0
         # Last page first, so that dropping what `take` just gave restores the stack exactly.
-        freed = pages[left == 0][::-1]
+        freed = index[left == 0][::-1]
         self._push(freed)
         return len(freed)
 
-    def _push(self, pages: PageArray) -> None:
+    def _push(self, pages: npt.NDArray[np.integer[Any]]) -> None:
         self._stack[self._top : self._top + len(pages)] = pages
         self._top += len(pages)
 
