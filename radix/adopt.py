@@ -39,9 +39,8 @@ def put(state: State, run: Running, num_tokens: int) -> Inserted:
     done = state.tree.insert(run.key(num_tokens), own.tobytes(), run.namespace, under=run.node, num_above=at)
     if done.replaced is not None:
         _replace(state, *done.replaced)
-    pages = np.frombuffer(done.pages, dtype=np.int32)
     for other in sharers:
-        _share(state, other, own[: len(pages)], pages, done)
+        _share(state, other, own, done)
     state.stats.num_adopted_pages += done.num_known
     return done
 
@@ -61,9 +60,11 @@ def _sharers(state: State, run: Running, own: PageArray) -> list[Running]:
     ]
 
 
-def _share(state: State, other: Running, own: PageArray, pages: PageArray, done: Inserted) -> None:
-    """`other` holds the first few of `own`: it takes `pages` in their place and holds the nodes that it now has."""
+def _share(state: State, other: Running, own: PageArray, done: Inserted) -> None:
+    """`other` holds the first few of `own`: it takes the tree's in their place and holds the nodes that it now has."""
     at = other.num_tree_pages
+    pages = np.frombuffer(done.pages, dtype=np.int32)
+    own = own[: len(pages)]
     table = other.data.table[at : at + len(own)]
     same = table == own[: len(table)]
     count = len(table) if same.all() else int(same.argmin())

@@ -115,7 +115,7 @@ class PrefixCache:
 
     def lookup(self, key: bytes, namespace: Hashable) -> Path:
         """`match` for a key, in the tree's terms."""
-        path = self.tree.match(key, _hashable("namespace", namespace))
+        path = self.tree.match(key, namespace)
         if self.whole_pages:
             path.num_bytes -= path.num_bytes % self.tree.page_bytes
         return path
@@ -196,7 +196,6 @@ class PrefixCache:
         if not key:
             raise TokenError("an empty prompt cannot be started: give at least one token")
         max_cached = len(key) // TOKEN_BYTES - as_count("min_uncached_tokens", min_uncached_tokens)
-        _hashable("namespace", namespace)
         return plan_start(self.tree, seq_id, key, namespace, max_cached=max_cached, whole_pages=self.whole_pages)
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -215,7 +214,7 @@ class PrefixCache:
 
         A last page that is shared after a `truncate` inside it is copied first.
         """
-        keys = [one_token(ids) if isinstance(ids, int) else as_key(np.atleast_1d(ids)) for ids in token_ids]
+        keys = [one_token(ids) if isinstance(ids, (int, np.integer)) else as_key(ids) for ids in token_ids]
         with self.lock:
             for seq_id in seq_ids:
                 self._get(seq_id)
@@ -326,7 +325,7 @@ class PrefixCache:
         Raises:
             TokenError: not token ids.
         """
-        return Pinned(self, as_key(tokens), _hashable("namespace", namespace))
+        return Pinned(self, as_key(tokens), namespace)
 
     def evict(self, num_pages: int) -> int:
         """Frees up to `num_pages` idle pages, least recently used first, leaves from their ends; returns how many.
@@ -406,14 +405,9 @@ class PrefixCache:
             raise UnknownSequenceError(seq_id) from None
 
     def _refuse_running(self, seq_id: Hashable) -> None:
-        if _hashable("seq_id", seq_id) in self.descriptor.seq_id_to_data:
+        try:
+            running = seq_id in self.state.running
+        except TypeError as error:
+            raise BadValueError(f"seq_id must be hashable, not {seq_id!r}: {error}") from None
+        if running:
             raise DuplicateSequenceError(seq_id)
-
-
-def _hashable(name: str, value: Hashable) -> Hashable:
-    """`value`, if it can be a dictionary key; raises BadValueError otherwise."""
-    try:
-        hash(value)
-    except TypeError as error:
-        raise BadValueError(f"{name} must be hashable, not {value!r}: {error}") from None
-    return value

@@ -91,7 +91,7 @@ class Running:
         size = num_tokens * TOKEN_BYTES
         if size <= len(self.prompt):
             return self.prompt[:size]
-        return self.prompt + self.tail[: size - len(self.prompt)]
+        return b"".join((self.prompt, memoryview(self.tail)[: size - len(self.prompt)]))
 
     def cut_tokens(self, num_tokens: int) -> None:
         """Forgets the tokens after the first `num_tokens`."""

@@ -36,11 +36,9 @@ def as_key(tokens: Tokens) -> bytes:
 
     Cost: one pass for the check and one copy for int32; lists cost about 40 ns a token to convert.
     """
-    if type(tokens) is not np.ndarray:
-        tokens = _as_array(tokens)
-    ids: npt.NDArray[Any] = tokens
+    ids: npt.NDArray[Any] = tokens if type(tokens) is np.ndarray else _as_array(tokens)
     if ids.ndim == 1 and ids.dtype == _INT32:
-        if ids.size and np.minimum.reduce(ids) < 0:
+        if len(ids) and np.minimum.reduce(ids) < 0:
             raise _bad_token(ids)
         return ids.tobytes()
     if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
@@ -71,7 +69,7 @@ def _bad_token(ids: npt.NDArray[Any]) -> TokenError:
     return TokenError(f"token ids must be integers, not {ids.dtype}")
 
 
-def one_token(token: int) -> bytes:
+def one_token(token: int | np.integer[Any]) -> bytes:
     """The key of a single token id; raises TokenError like `as_key`."""
     if type(token) is int and 0 <= token < _LIMIT:
         return token.to_bytes(TOKEN_BYTES, sys.byteorder)

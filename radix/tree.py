@@ -36,7 +36,7 @@ from sortedcontainers import SortedDict
 from radix.node import PAGE_ID_BYTES, Node, Root, nearest
 from radix.proof import check_tree
 from radix.tokens import TOKEN_BYTES, common_bytes
-from seqattn.errors import TokenError
+from seqattn.errors import BadValueError, TokenError
 
 __all__ = ["Inserted", "Kept", "Path", "RadixTree"]
 
@@ -114,9 +114,15 @@ class RadixTree:
             namespace: whose root to look under.
             limit: match at most this many bytes.
 
+        Raises:
+            BadValueError: the namespace is not hashable.
+
         Cost: one comparison in place of the bytes that match, plus one dictionary lookup for each node.
         """
-        node: Node | None = self.roots.get(namespace)
+        try:
+            node: Node | None = self.roots.get(namespace)
+        except TypeError as error:
+            raise BadValueError(f"namespace must be hashable, not {namespace!r}: {error}") from None
         nodes: list[Node] = []
         at, size, page_bytes = 0, len(key), self.page_bytes
         while node is not None and at < size:

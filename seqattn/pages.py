@@ -268,6 +268,8 @@ def as_count(name: str, value: int, least: int = 0) -> int:
     Raises:
         LengthError: it is smaller, or not an integer.
     """
+    if type(value) is int and value >= least:
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise LengthError(f"{name} must be an integer of at least {least}, not {value!r}")
     return int(value)
