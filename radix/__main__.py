@@ -88,7 +88,7 @@ def _application() -> click.RichGroup:
 
 def _replay_parameters() -> list[click.Parameter]:
     import rich_click as click
-    from rich_click import RichOption as Option
+    from rich_click import Option
 
     count = click.IntRange(min=1)
     fraction = click.FloatRange(0.0, 1.0, min_open=True)
@@ -98,7 +98,7 @@ def _replay_parameters() -> list[click.Parameter]:
     whole = "Share full pages only, as engines without token-exact tails do."
     words = "tiktoken encoding for a text trace; without one, the tokens are its UTF-8 bytes."
     return [
-        click.RichArgument(["trace"], type=file),
+        click.Argument(["trace"], type=file),
         Option(["--format", "trace_format"], type=click.Choice(["auto", *FORMATS]), default="auto", help=lines),
         Option(["--page-size"], type=count, default=16, metavar="N", help="Token slots in a page."),
         Option(["--capacity-pages"], type=count, metavar="N", help="Pages of the cache."),
