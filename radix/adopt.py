@@ -34,7 +34,7 @@ def put(state: State, run: Running, num_tokens: int) -> Inserted:
     up to the length of `pages`, are the tree's now, and the rest are not.
     """
     at = run.num_tree_pages
-    own: PageArray = run.data.table[at : -(-num_tokens // state.tree.page_size)]
+    own: PageArray = run.table[at : -(-num_tokens // state.tree.page_size)]
     sharers = _sharers(state, run, own)
     done = state.tree.insert(run.key(num_tokens), own.tobytes(), run.namespace, under=run.node, num_above=at)
     if done.replaced is not None:
@@ -50,13 +50,13 @@ def _sharers(state: State, run: Running, own: PageArray) -> list[Running]:
 
     Who holds a page holds those before it, so the first page tells; only if its count is above one is it worth looking.
     """
-    if not len(own) or state.manager.ref_count[own[0]] < 2:
+    if not len(own) or state.manager.ref_count.item(own.item(0)) < 2:
         return []
     at = run.num_tree_pages
     return [
         other
         for other in state.running.values()
-        if other is not run and other.data.num_pages > at and other.data.table[at] == own[0]
+        if other is not run and other.num_pages > at and other.table[at] == own[0]
     ]
 
 
@@ -65,7 +65,7 @@ def _share(state: State, other: Running, own: PageArray, done: Inserted) -> None
     at = other.num_tree_pages
     pages = np.frombuffer(done.pages, dtype=np.int32)
     own = own[: len(pages)]
-    table = other.data.table[at : at + len(own)]
+    table = other.table[at : at + len(own)]
     same = table == own[: len(table)]
     count = len(table) if same.all() else int(same.argmin())
     adopted = min(count, done.num_known)
@@ -107,7 +107,7 @@ def publish(state: State, run: Running, num_tokens: int) -> None:
     at = run.num_tree_pages
     done = put(state, run, num_tokens)
     pages, known = np.frombuffer(done.pages, dtype=np.int32), done.num_known
-    own = run.data.table[at : at + len(pages)]
+    own = run.table[at : at + len(pages)]
     state.manager.hold(own[known:])
     if known:
         state.manager.hold(pages[:known])
@@ -124,7 +124,10 @@ def hand_over(state: State, run: Running, num_tokens: int) -> PageArray:
     Returns:
         The sequence's other pages, int32: its references to them are still to be given back.
     """
-    at, table = run.num_tree_pages, run.data.table
+    at, table = run.num_tree_pages, run.table
     done = put(state, run, num_tokens)
     first, last = at + done.num_known, at + len(done.pages) // PAGE_ID_BYTES
+    if run.node is not None:
+        above = state.tree.join(done.node, run.node)
+        run.node = above if above.parent is not None else None
     return table[:first] if last == len(table) else np.concatenate((table[:first], table[last:]))

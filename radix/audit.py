@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from radix.proof import path_key, path_pages
+from radix.running import Running
 from radix.show import describe, draw
 from seqattn.errors import InvariantError
 from seqattn.pages import concatenate
 
 if TYPE_CHECKING:
     from radix.node import Node
-    from radix.running import Running
     from radix.state import State
     from seqattn.pages import PageArray, PageList
 
@@ -46,8 +46,6 @@ def check_cache(state: State, outside: PageList = ()) -> None:
 
 def _check_holders(state: State) -> None:
     """C2: each node's holders are the sequences and pins whose paths go through it."""
-    if state.running.keys() != state.descriptor.seq_id_to_data.keys():
-        raise InvariantError("S1", f"running {list(state.running)} differ from the descriptor's sequences")
     holders: Counter[Node] = Counter()
     for seq_id, run in state.running.items():
         _check_running(state, seq_id, run)
@@ -74,14 +72,14 @@ def _count_path(holders: Counter[Node], node: Node | None) -> None:
 def _check_running(state: State, seq_id: object, run: Running) -> None:
     """The sequence's tokens fit its pages, its leading pages are its path's, and so are their tokens."""
     page_size = state.tree.page_size
-    if run.data is not state.descriptor.seq_id_to_data[seq_id] or run.num_tokens != run.data.num_tokens(page_size):
-        _fail(
-            state, "S1", f"sequence {seq_id!r} has {run.num_tokens} token ids but pages for another number: {run.data}"
-        )
+    if not isinstance(run, Running):
+        _fail(state, "S1", f"sequence {seq_id!r} was put in the descriptor behind the cache's back: {run!r}")
+    if run.num_ids != run.num_tokens(page_size):
+        _fail(state, "S1", f"sequence {seq_id!r} has {run.num_ids} token ids but pages for another number: {run!r}")
     pages = path_pages(run.node)
-    if len(pages) != run.num_tree_pages or not np.array_equal(pages, run.data.table[: len(pages)]):
-        _fail(state, "C2", f"sequence {seq_id!r} holds {run.data} but its path has pages {pages.tolist()}")
-    tree_key, key = path_key(run.node), run.key(run.num_tokens)
+    if len(pages) != run.num_tree_pages or not np.array_equal(pages, run.table[: len(pages)]):
+        _fail(state, "C2", f"sequence {seq_id!r} holds {run!r} but its path has pages {pages.tolist()}")
+    tree_key, key = path_key(run.node), run.key(run.num_ids)
     size = min(len(tree_key), len(key))
     if tree_key[:size] != key[:size]:
         _fail(state, "C2", f"sequence {seq_id!r} holds a path with other tokens than its own")
@@ -105,8 +103,11 @@ def _check_idle(state: State, tree_pages: PageArray, by_hand: PageArray) -> None
 def _check_sum(state: State, tree_pages: PageArray) -> None:
     """C3: every page is in exactly one of four places."""
     manager = state.manager
-    held = np.setdiff1d(state.descriptor.held_pages(), tree_pages)
-    elsewhere = np.setdiff1d(np.flatnonzero(manager.ref_count), np.concatenate((held, tree_pages)))
+    in_tree, by_sequences = np.zeros((2, manager.num_pages), dtype=bool)
+    in_tree[tree_pages] = True
+    by_sequences[state.descriptor.held_pages()] = True
+    held = np.flatnonzero(by_sequences & ~in_tree)
+    elsewhere = np.flatnonzero((manager.ref_count > 0) & ~by_sequences & ~in_tree)
     total = manager.available_pages_count + len(held) + len(elsewhere) + len(tree_pages)
     if total != manager.num_pages or (len(elsewhere) and not manager.num_outside_refs):
         kinds = f"{len(held)} of sequences, {len(elsewhere)} of nobody known, {len(tree_pages)} in the tree"

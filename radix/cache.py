@@ -288,7 +288,7 @@ class PrefixCache:
             if self.whole_pages:
                 num_tokens -= num_tokens % self.tree.page_size
             hands_over = num_tokens and not run.is_detached
-            self._end(seq_id, run, hand_over(self.state, run, num_tokens) if hands_over else run.data.table)
+            self._end(seq_id, run, hand_over(self.state, run, num_tokens) if hands_over else run.table)
 
     def abort(self, seq_id: Hashable) -> None:
         """Ends a sequence without publishing more of it; what it shared counts as used.
@@ -301,18 +301,17 @@ class PrefixCache:
         with self.lock:
             run = self._get(seq_id)
             self.state.retries.remember(seq_id, run.prompt)
-            self._end(seq_id, run, run.data.table)
+            self._end(seq_id, run, run.table)
 
     def _end(self, seq_id: Hashable, run: Running, pages: PageArray) -> None:
         """Gives the references to `pages` back and forgets the sequence."""
-        del self.state.running[seq_id]
         self.descriptor.remove(seq_id)
         self.manager.drop(pages)
         if run.node is not None:
             self.tree.release(run.node)
 
     def _computed(self, seq_id: Hashable, run: Running, num_tokens: int | None) -> int:
-        return run.num_tokens if num_tokens is None else self.descriptor.check_cut(seq_id, num_tokens)
+        return run.num_ids if num_tokens is None else self.descriptor.check_cut(seq_id, num_tokens)
 
     # -- keeping and forgetting ---------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ def extend_all(state: State, seq_ids: Sequence[Hashable], keys: Sequence[bytes])
             raise
         for seq_id in growth.copy_ids:
             run = state.running[seq_id]
-            let_go_after(state, run, run.data.num_pages - 1)
+            let_go_after(state, run, run.num_pages - 1)
         state.stats.num_forked_pages += len(growth.copy_ids)
     descriptor.grow(growth, reservation.pages)
     reserve.commit(reservation)
@@ -53,15 +53,15 @@ def fork_one(state: State, run: Running, seq_id: Hashable, new_seq_id: Hashable)
         reserve.cancel(reservation)
         raise
     reserve.commit(reservation)
-    descriptor.fork_with(seq_id, new_seq_id, reservation.pages)
-    data = descriptor.seq_id_to_data[new_seq_id]
-    new = Running(data, run.namespace, run.prompt, run.tail[:], is_detached=run.is_detached)
+    table = descriptor.fork_table(seq_id, reservation.pages)
+    new = Running(table, len(table), run.last_page_len, run.namespace, run.prompt)
+    new.tail, new.is_detached = run.tail[:], run.is_detached
     if run.node is not None:
-        new.num_tree_pages = min(run.num_tree_pages, data.num_pages - len(reservation.pages))
+        new.num_tree_pages = min(run.num_tree_pages, len(table) - len(reservation.pages))
     if run.node is not None and new.num_tree_pages:
         new.node = state.tree.cut(run.node, run.num_tree_pages, new.num_tree_pages)
         state.tree.hold(new.node)
-    state.running[new_seq_id] = new
+    descriptor.add(new_seq_id, new)
     state.stats.num_forked_pages += len(reservation.pages)
 
 

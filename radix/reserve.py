@@ -205,8 +205,10 @@ class Reserve:
     def _evict(self, victims: list[tuple[Node, int]]) -> None:
         """Trims the tree; pages with other holders lose the tree's reference, the rest keep it for who takes them."""
         clock, stats = self.tree.clock, self.stats
+        ages, reuses = stats.evicted_ages, stats.evicted_reuses
         for node, count in victims:
-            stats.count_eviction(count, clock - node.stamp, node.num_reuses)
+            ages[(clock - node.stamp).bit_length()] += count
+            reuses[node.num_reuses.bit_length()] += count
         trimmed = self.tree.trim(victims)
         stats.num_evicted_pages += len(trimmed) // PAGE_ID_BYTES
         if self.manager.num_outside_refs:

@@ -6,16 +6,16 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from attrs import define, field
+from attrs import define
 
 from radix.node import PAGE_ID_BYTES
 from radix.tokens import TOKEN_BYTES
+from seqattn.sequence import SequenceData
 
 if TYPE_CHECKING:
     from radix.node import Node
     from radix.tree import Path
     from seqattn.pages import PageArray
-    from seqattn.sequence import SequenceData
 
 __all__ = ["Pin", "PrefixMatch", "Running", "Started"]
 
@@ -54,27 +54,37 @@ class Started(NamedTuple):
     forked: tuple[int, int, int] | None
 
 
-@define(slots=True, eq=False)
-class Running:
-    """A running sequence.
+class Running(SequenceData):
+    """A running sequence: its page table, its tokens, and what it holds of the tree.
 
-    Attributes:
-        data: its page table, the one in the descriptor.
+    Args:
+        table: its page table's buffer, int32, not copied.
+        num_pages: entries of the buffer in use.
+        last_page_len: tokens in the last page.
         namespace: under which it matched and will publish.
         prompt: the tokens it was started with, as a key.
+
+    Attributes:
         tail: the tokens added since.
         node: the deepest node whose pages it holds; None if it holds none.
         num_tree_pages: its leading pages that are the tree's: where `node` ends.
         is_detached: started before a `clear`: it publishes nothing.
     """
 
-    data: SequenceData
-    namespace: Hashable
-    prompt: bytes
-    tail: bytearray = field(factory=bytearray)
-    node: Node | None = None
-    num_tree_pages: int = 0
-    is_detached: bool = False
+    __slots__ = ("is_detached", "namespace", "node", "num_tree_pages", "prompt", "tail")
+
+    def __init__(
+        self, table: PageArray, num_pages: int, last_page_len: int, namespace: Hashable, prompt: bytes
+    ) -> None:
+        self._buffer = table
+        self.num_pages = num_pages
+        self.last_page_len = last_page_len
+        self.namespace = namespace
+        self.prompt = prompt
+        self.tail = bytearray()
+        self.node: Node | None = None
+        self.num_tree_pages = 0
+        self.is_detached = False
 
     @property
     def num_bytes(self) -> int:
@@ -82,8 +92,8 @@ class Running:
         return len(self.prompt) + len(self.tail)
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of the prompt and those added since."""
+    def num_ids(self) -> int:
+        """Token ids of the prompt and those added since."""
         return self.num_bytes // TOKEN_BYTES
 
     def key(self, num_tokens: int) -> bytes:

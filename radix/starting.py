@@ -8,7 +8,6 @@ import numpy as np
 
 from radix.running import Running, Started
 from radix.tokens import TOKEN_BYTES
-from seqattn.sequence import SequenceData
 
 if TYPE_CHECKING:
     from radix.reserve import Plan
@@ -61,18 +60,23 @@ def _begin(state: State, plan: Plan, tail: int | None, new_pages: PageArray) -> 
     if tail is not None:
         table[shared] = tail
         forked = (plan.source, tail, plan.tail_len)
-    data = SequenceData.owning(table, num_pages, num_tokens - (num_pages - 1) * state.tree.page_size)
-    run = Running(data, plan.namespace, plan.key)
+    page_size = state.tree.page_size
+    run = Running(table, num_pages, num_tokens - (num_pages - 1) * page_size, plan.namespace, plan.key)
     if shared:
-        table[:shared] = pages = np.frombuffer(plan.path.pages, dtype=np.int32, count=shared)
-        state.manager.hold(pages)
+        table[:shared] = np.frombuffer(plan.path.pages, np.int32, shared)
+        state.manager.hold(table[:shared])
     if plan.path.nodes:
         _hold_path(state, plan, run)
-    state.running[plan.seq_id] = run
-    state.descriptor.add(plan.seq_id, data)
-    started = Started(shared * state.tree.page_size + plan.tail_len, shared, forked)
-    _count(state, plan, started)
-    return started
+    state.descriptor.add(plan.seq_id, run)
+    num_cached = shared * page_size + plan.tail_len
+    if not (state.retries.aborted and state.retries.is_retry(plan.seq_id, plan.key)):
+        stats = state.stats
+        stats.num_requests += 1
+        stats.num_query_tokens += num_tokens
+        stats.num_hit_tokens += num_cached
+        stats.num_shared_pages += shared
+        stats.num_forked_pages += tail is not None
+    return Started(num_cached, shared, forked)
 
 
 def _hold_path(state: State, plan: Plan, run: Running) -> None:
@@ -90,15 +94,3 @@ def _hold_path(state: State, plan: Plan, run: Running) -> None:
     if source is not None:
         source.num_reuses += 1
         tree.stamp(source)
-
-
-def _count(state: State, plan: Plan, started: Started) -> None:
-    """Books a start, unless it is the retry of one that was booked."""
-    if state.retries.is_retry(plan.seq_id, plan.key):
-        return
-    stats = state.stats
-    stats.num_requests += 1
-    stats.num_query_tokens += len(plan.key) // TOKEN_BYTES
-    stats.num_hit_tokens += started.num_cached_tokens
-    stats.num_shared_pages += started.num_shared_pages
-    stats.num_forked_pages += started.forked is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from attrs import define, field
 
@@ -27,7 +27,7 @@ class State:
     manager: PageAllocator
     tree: RadixTree = field(init=False)
     descriptor: CacheDescriptor = field(init=False)
-    running: dict[Hashable, Running] = field(init=False, factory=dict)
+    running: dict[Hashable, Running] = field(init=False)
     pins: set[Pin] = field(init=False, factory=set)
     stats: CacheStats = field(init=False, factory=CacheStats)
     retries: Retries = field(init=False, factory=Retries)
@@ -36,4 +36,5 @@ class State:
     def __attrs_post_init__(self) -> None:
         self.tree = RadixTree(self.manager.page_size)
         self.descriptor = CacheDescriptor(self.manager)
+        self.running = cast("dict[Hashable, Running]", self.descriptor.seq_id_to_data)
         self.reserve = Reserve(self.manager, self.tree, self.stats)

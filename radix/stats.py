@@ -48,8 +48,3 @@ class CacheStats:
     def hit_rate(self) -> float:
         """Hit tokens by query tokens; 0 before the first request."""
         return self.num_hit_tokens / self.num_query_tokens if self.num_query_tokens else 0.0
-
-    def count_eviction(self, num_pages: int, age: int, num_reuses: int) -> None:
-        """Books pages that went from one node."""
-        self.evicted_ages[age.bit_length()] += num_pages
-        self.evicted_reuses[num_reuses.bit_length()] += num_pages

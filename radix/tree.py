@@ -40,6 +40,7 @@ from seqattn.errors import BadValueError, TokenError
 
 __all__ = ["Inserted", "Kept", "Path", "RadixTree"]
 
+_JOINED_BYTES = 1 << 16
 _NOTHING_KEPT: Mapping[Node, int] = {}
 
 
@@ -184,16 +185,18 @@ class RadixTree:
         """Adds a holder to the path from `node` up to `stop` (not included; None: the root), and stamps all of it."""
         self.clock += 1
         clock, idle = self.clock, self.idle
-        above: Node | None = node
-        while above is not stop and above is not None and above.parent is not None:
-            above.stamp = clock
-            above.num_reuses += reuses
-            if not above.num_holders:
-                del idle[above]
-                self.num_idle_pages -= len(above.pages) // PAGE_ID_BYTES
-            above.num_holders += 1
-            above = above.parent
-        self._stamp_from(above)
+        parent = node.parent
+        while parent is not None and node is not stop:
+            node.stamp = clock
+            node.num_reuses += reuses
+            if not node.num_holders:
+                del idle[node]
+                self.num_idle_pages -= len(node.pages) // PAGE_ID_BYTES
+            node.num_holders += 1
+            node = parent
+            parent = node.parent
+        if parent is not None:
+            self._stamp_from(node)
 
     def release(self, node: Node, stop: Node | None = None) -> None:
         """Takes a holder from the path from `node` up to `stop` (not included), and stamps all of it: a use.
@@ -202,28 +205,32 @@ class RadixTree:
         """
         self.clock += 1
         clock, idle = self.clock, self.idle
-        above: Node | None = node
-        while above is not stop and above is not None and above.parent is not None:
-            above.stamp = clock
-            above.num_holders -= 1
-            if not above.num_holders:
-                idle[above] = None
-                self.num_idle_pages += len(above.pages) // PAGE_ID_BYTES
-            above = above.parent
-        self._stamp_from(above)
+        parent = node.parent
+        while parent is not None and node is not stop:
+            node.stamp = clock
+            node.num_holders -= 1
+            if not node.num_holders:
+                idle[node] = None
+                self.num_idle_pages += len(node.pages) // PAGE_ID_BYTES
+            node = parent
+            parent = node.parent
+        if parent is not None:
+            self._stamp_from(node)
 
     def stamp(self, node: Node) -> None:
         """Marks the path from the root down to `node` as used now."""
         self.clock += 1
         self._stamp_from(node)
 
-    def _stamp_from(self, node: Node | None) -> None:
+    def _stamp_from(self, node: Node) -> None:
         clock, idle = self.clock, self.idle
-        while node is not None:
+        parent = node.parent
+        while parent is not None:
             node.stamp = clock
-            if not node.num_holders and node.parent is not None:
+            if not node.num_holders:
                 idle.move_to_end(node)
-            node = node.parent
+            node = parent
+            parent = node.parent
 
     # -- insert -------------------------------------------------------------------------------------------------------
 
@@ -281,6 +288,40 @@ class RadixTree:
                 break
         self._stamp_from(node)
         return Inserted(node, pages, known // PAGE_ID_BYTES)
+
+    def join(self, leaf: Node, above: Node) -> Node:
+        """Joins an idle leaf with nodes above it that only the caller holds and that have no other child.
+
+            above ──[a b c d]──▶ node ──[e f g]──▶ leaf      ⟹      above ──[a b c d e f g]──▶ leaf
+
+        Without it, a conversation would be one node deeper with each turn. Both were used last just now, so nothing
+        is evicted sooner or later for it. Edges of up to `_JOINED_BYTES` are made, so the cost is bounded.
+
+        Args:
+            leaf: a node that was used just now.
+            above: the deepest node that the caller holds and is about to release.
+
+        Returns:
+            The deepest node that the caller still holds, perhaps the root.
+        """
+        parent = above.parent
+        while (
+            leaf.parent is above
+            and parent is not None
+            and above.children is leaf
+            and above.num_holders == 1
+            and not leaf.num_holders
+            and leaf.children is None
+            and len(above.key) + len(leaf.key) <= _JOINED_BYTES
+        ):
+            self.num_idle_pages += len(above.pages) // PAGE_ID_BYTES
+            leaf.key = above.key + leaf.key
+            leaf.pages = above.pages + leaf.pages
+            leaf.num_reuses = above.num_reuses
+            leaf.parent = parent
+            parent.replace(leaf, self.page_bytes)
+            above, parent = parent, parent.parent
+        return above
 
     def _extend_leaf(self, leaf: Node, key: bytes, at: int, pages: bytes, known: int) -> Inserted:
         """`key[at:]` begins with all of a leaf that ends in a partly filled page: the fuller page takes its place.
@@ -345,7 +386,7 @@ class RadixTree:
         upper.num_holders, upper.num_reuses = node.num_holders, node.num_reuses
         upper.children = node
         parent.replace(upper, self.page_bytes)  # type: ignore[union-attr]  # a root has no edge to split
-        node.key, node.pages, node.parent = node.key[cut:], node.pages[num_pages * PAGE_ID_BYTES :], upper
+        node.key, node.pages, node.parent = (node.key[cut:], node.pages[num_pages * PAGE_ID_BYTES :], upper)
         if not upper.num_holders:
             self.idle[upper] = None
         return upper
@@ -390,12 +431,16 @@ class RadixTree:
         """
         gone = []
         for node, count in victims:
-            keep = len(node.pages) // PAGE_ID_BYTES - count
-            gone.append(node.pages[keep * PAGE_ID_BYTES :])
-            self._count_pages(node, -count)
+            pages = node.pages
+            keep = len(pages) // PAGE_ID_BYTES - count
+            self.num_pages -= count
+            self.num_idle_pages -= count
             if keep:
-                node.key, node.pages = node.key[: keep * self.page_bytes], node.pages[: keep * PAGE_ID_BYTES]
+                gone.append(pages[keep * PAGE_ID_BYTES :])
+                node.pages = pages[: keep * PAGE_ID_BYTES]
+                node.key = node.key[: keep * self.page_bytes]
             else:
+                gone.append(pages)
                 self._unlink(node)
         return b"".join(gone)
 

@@ -28,7 +28,7 @@ from seqattn.errors import (
     PageError,
     UnknownSequenceError,
 )
-from seqattn.pages import PageAllocator, as_count, concatenate
+from seqattn.pages import PageAllocator, as_count, concatenate, has_twice
 from seqattn.sequence import SequenceData
 
 if TYPE_CHECKING:
@@ -143,23 +143,23 @@ class CacheDescriptor:
         if len(seq_ids) != len(seq_new_lens):
             raise LengthError(f"{len(seq_ids)} sequence ids but {len(seq_new_lens)} lengths")
         self.refuse_twice(seq_ids)
-        page_size, ref_count = self.page_size, self.cache_manager.ref_count
-        growth = Growth(seq_ids, [], [], [], [], [], 0)
+        page_size, ref_count = (self.cache_manager.page_size, self.cache_manager.ref_count)
+        num_new_pages: list[int] = []
+        last_page_lens: list[int] = []
+        growth = Growth(seq_ids, num_new_pages, last_page_lens, [], [], [], 0)
         for seq_id, new_len in zip(seq_ids, seq_new_lens, strict=True):
-            new_len = as_count(f"the length to add to sequence {seq_id!r}", new_len, 1)  # noqa: PLW2901 (same value, checked)
+            if type(new_len) is not int or new_len < 1:
+                as_count(f"the length to add to sequence {seq_id!r}", new_len, 1)
             data = self.seq_id_to_data.get(seq_id)
-            used = 0
-            if data is not None and data.num_pages:
-                used = data.last_page_len
-                last = int(data.table[-1])
-                if used < page_size and ref_count[last] > 1:
-                    growth.copy_ids.append(seq_id)
-                    growth.copy_src.append(last)
-                    growth.copy_slots.append(used)
-            total = used + new_len
-            growth.num_new_pages.append(-(-total // page_size) - (used > 0))
-            growth.last_page_lens.append((total - 1) % page_size + 1)
-        growth.num_pages = sum(growth.num_new_pages) + len(growth.copy_ids)
+            used = 0 if data is None else data.last_page_len
+            if data is not None and 0 < used < page_size and ref_count.item(data.last_page) > 1:
+                growth.copy_ids.append(seq_id)
+                growth.copy_src.append(data.last_page)
+                growth.copy_slots.append(used)
+            full, last = divmod(used + new_len - 1, page_size)
+            num_new_pages.append(full + (used == 0))
+            last_page_lens.append(last + 1)
+        growth.num_pages = sum(num_new_pages) + len(growth.copy_ids)
         return growth
 
     def copy_for(self, growth: Growth, pages: PageArray) -> None:
@@ -171,9 +171,10 @@ class CacheDescriptor:
     def grow(self, growth: Growth, pages: PageArray) -> None:
         """Writes the tables; cannot fail. Takes over one reference to each of `pages`, int32 [growth.num_pages]."""
         at = len(growth.copy_ids)
-        for seq_id, src, dst in zip(growth.copy_ids, growth.copy_src, pages[:at].tolist(), strict=True):
-            self.seq_id_to_data[seq_id].table[-1] = dst
-            self.cache_manager.drop(np.array([src], dtype=np.int32))
+        if at:
+            for seq_id, src, dst in zip(growth.copy_ids, growth.copy_src, pages[:at].tolist(), strict=True):
+                self.seq_id_to_data[seq_id].table[-1] = dst
+                self.cache_manager.drop(np.array([src], dtype=np.int32))
         if growth.num_pages:
             self.tables_version += 1
         for seq_id, count, last in zip(growth.seq_ids, growth.num_new_pages, growth.last_page_lens, strict=True):
@@ -197,13 +198,14 @@ class CacheDescriptor:
 
         Cost: O(pages) for the references, one copy of at most a page.
         """
+        data = self.data_of(seq_id)
         pages = self.cache_manager.take(self.pages_to_fork(seq_id, new_seq_id))
         try:
             self.copy_tail(seq_id, pages)
         except BaseException:
             self.cache_manager.drop(pages)
             raise
-        self.fork_with(seq_id, new_seq_id, pages)
+        self.add(new_seq_id, SequenceData(self.fork_table(seq_id, pages), data.last_page_len))
 
     def pages_to_fork(self, seq_id: Hashable, new_seq_id: Hashable) -> int:
         """How many pages `fork` takes: 1 if the last page is partly filled, else 0. Raises what `fork` raises."""
@@ -218,13 +220,13 @@ class CacheDescriptor:
             data = self.seq_id_to_data[seq_id]
             self.cache_manager.copy_page_slots(data.table[-1:], pages, [data.last_page_len])
 
-    def fork_with(self, seq_id: Hashable, new_seq_id: Hashable, pages: PageArray) -> None:
-        """The last step of `fork`, after the copy; cannot fail. Takes over the reference to `pages`."""
-        data = self.seq_id_to_data[seq_id]
-        shared = data.table[: data.num_pages - len(pages)]
-        self.cache_manager.hold(shared)
-        self.seq_id_to_data[new_seq_id] = SequenceData(concatenate((shared, pages)), data.last_page_len)
-        self.tables_version += 1
+    def fork_table(self, seq_id: Hashable, pages: PageArray) -> PageArray:
+        """The page table of a fork, int32, after the copy: full pages, which it refs, then `pages`; cannot fail."""
+        table = self.seq_id_to_data[seq_id].table.copy()
+        num_shared = len(table) - len(pages)
+        self.cache_manager.hold(table[:num_shared])
+        table[num_shared:] = pages
+        return table
 
     def attach(self, seq_id: Hashable, pages: PageList, num_tokens: int) -> None:
         """Starts a sequence on pages that the caller holds, and takes over one of the caller's references to each.
@@ -245,7 +247,7 @@ class CacheDescriptor:
         needed = -(-num_tokens // self.page_size)
         if len(table) != needed:
             raise LengthError(f"{num_tokens} tokens take {needed} pages of {self.page_size}, not {len(table)}")
-        if len(np.unique(table)) < len(table):
+        if has_twice(table):
             raise PageError(f"pages {table.tolist()} of sequence {seq_id!r} name a page twice")
         if len(table) and not self.cache_manager.ref_count[table].all():
             page = int(table[self.cache_manager.ref_count[table].argmin()])
@@ -394,7 +396,7 @@ class CacheDescriptor:
         """
         for seq_id, data in self.seq_id_to_data.items():
             drawing = f"sequence {seq_id!r}: {data!r}"
-            if len(np.unique(data.table)) < data.num_pages:
+            if has_twice(data.table):
                 raise InvariantError("S1", f"sequence {seq_id!r} holds a page twice", drawing)
             if not int(data.num_pages > 0) <= data.last_page_len <= (self.page_size if data.num_pages else 0):
                 raise InvariantError("S2", f"last_page_len {data.last_page_len} does not fit", drawing)

@@ -52,19 +52,15 @@ class PageAllocator:
         self.ref_count: PageArray = np.zeros(self.num_pages, dtype=np.int32)
         # Indexing with anything but intp makes numpy convert first, which costs more than the indexing itself.
         self._stack: npt.NDArray[np.intp] = np.arange(self.num_pages - 1, -1, -1, dtype=np.intp)
-        self._top = self.num_pages
+        #: number of free pages
+        self.available_pages_count = self.num_pages
         #: references held by hand: through `allocate` and `ref`, less `unref` and what a descriptor took over.
         self.num_outside_refs = 0
 
     @property
-    def available_pages_count(self) -> int:
-        """Number of free pages; O(1)."""
-        return self._top
-
-    @property
     def free_pages(self) -> PageArray:
         """The free pages, int32 [available_pages_count], the next one to hand out first; a read-only copy."""
-        view = self._stack[: self._top][::-1].astype(np.int32)
+        view = self._stack[: self.available_pages_count][::-1].astype(np.int32)
         view.flags.writeable = False
         return view
 
@@ -137,11 +133,12 @@ class PageAllocator:
         Raises:
             NoPageError: fewer pages are free; nothing is taken.
         """
-        top = self._top
-        if num_pages > top:
+        top = self.available_pages_count
+        rest = top - num_pages
+        if rest < 0:
             raise NoPageError(num_pages, top)
-        self._top = top - num_pages
-        pages = self._stack[self._top : top][::-1]
+        self.available_pages_count = rest
+        pages = self._stack[rest:top][::-1]
         self.ref_count[pages] = 1
         return pages.astype(np.int32)
 
@@ -167,8 +164,9 @@ class PageAllocator:
         return len(freed)
 
     def _push(self, pages: npt.NDArray[np.integer[Any]]) -> None:
-        self._stack[self._top : self._top + len(pages)] = pages
-        self._top += len(pages)
+        top = self.available_pages_count
+        self.available_pages_count = top + len(pages)
+        self._stack[top : self.available_pages_count] = pages
 
     def copy_page_slots(self, src_pages: PageList, dst_pages: PageList, num_slots: PageList) -> None:
         """Copies the first `num_slots[i]` token slots of page `src_pages[i]` to `dst_pages[i]`, in every layer.
@@ -187,7 +185,7 @@ class PageAllocator:
     ) -> tuple[PageArray, PageArray, PageArray]:
         """The checked arguments of `copy_page_slots` as int32 arrays."""
         self._refuse_copy(_as_ints(src_pages), _as_ints(dst_pages), _as_ints(num_slots))
-        return self.as_pages(src_pages), self.as_pages(dst_pages), np.asarray(num_slots, dtype=np.int32).reshape(-1)
+        return (self.as_pages(src_pages), self.as_pages(dst_pages), np.asarray(num_slots, dtype=np.int32).reshape(-1))
 
     def _refuse_copy(self, src: list[int], dst: list[int], slots: list[int]) -> None:
         """Raises what `copy_page_slots` raises; plain Python, since most copies are of one page."""
@@ -228,8 +226,9 @@ class PageAllocator:
         Raises:
             InvariantError: naming the invariant that does not hold.
         """
-        free = self._stack[: self._top]
-        if len(np.unique(free)) != len(free) or (len(free) and not 0 <= free.min() <= free.max() < self.num_pages):
+        free = self._stack[: self.available_pages_count]
+        in_range = not len(free) or 0 <= free.min() <= free.max() < self.num_pages
+        if not in_range or np.bincount(free, minlength=1).max() > 1:
             raise InvariantError("P1", f"the free stack holds a page twice or out of range: {free.tolist()}")
         is_free = np.zeros(self.num_pages, dtype=bool)
         is_free[free] = True
@@ -279,8 +278,16 @@ def _unique(pages: PageArray) -> PageArray:
     """The same pages in the same order, each once; most lists have no page twice and come back as they are."""
     if len(pages) < 2:
         return pages
+    if not has_twice(pages):
+        return pages
     _, first = np.unique(pages, return_index=True)
-    return pages if len(first) == len(pages) else pages[np.sort(first)]
+    return pages[np.sort(first)]
+
+
+def has_twice(pages: PageArray) -> bool:
+    """Whether a page is in the list twice; O(n log n)."""
+    ordered = np.sort(pages)
+    return bool((ordered[1:] == ordered[:-1]).any())
 
 
 def concatenate(parts: Iterable[PageArray]) -> PageArray:

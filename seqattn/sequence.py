@@ -44,14 +44,11 @@ class SequenceData:
         self.num_pages = len(self._buffer)
         self.last_page_len = last_page_len
 
-    @classmethod
-    def owning(cls, table: PageArray, num_pages: int, last_page_len: int) -> SequenceData:
-        """A sequence whose buffer is `table` itself (int32, not copied); its first `num_pages` entries are in use."""
-        data = cls.__new__(cls)
-        data._buffer = table
-        data.num_pages = num_pages
-        data.last_page_len = last_page_len
-        return data
+    @property
+    def last_page(self) -> int:
+        """The last page number; there must be one."""
+        page: int = self._buffer.item(self.num_pages - 1)
+        return page
 
     @property
     def kv_page_indices(self) -> list[int]:
