@@ -21,6 +21,8 @@ Every message shows the offending value and says what to do. A call that raises 
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "BadValueError",
     "DuplicateSequenceError",
@@ -42,6 +44,17 @@ __all__ = [
 
 class SeqAttnError(Exception):
     """Root of every error that seqattn and radix raise on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as it is: the classes below take arguments from which they make a message."""
+        return _rebuild, (type(self), self.args, vars(self))
+
+
+def _rebuild(kind: type[SeqAttnError], args: tuple[object, ...], attributes: dict[str, object]) -> SeqAttnError:
+    """An error as it was pickled, without running its `__init__` again."""
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error
 
 
 class NoPageError(SeqAttnError):

@@ -206,7 +206,10 @@ class PageAllocator:
         Raises:
             PageError: anything else, with the value.
         """
-        pages: npt.NDArray[Any] = np.asarray(page_indices)
+        try:
+            pages: npt.NDArray[Any] = np.asarray(page_indices)
+        except (ValueError, OverflowError) as error:
+            raise PageError(f"page numbers must be a flat list of integers, not {page_indices!r}: {error}") from None
         if pages.size == 0:
             return np.empty(0, dtype=np.int32)
         if pages.ndim != 1 or pages.dtype.kind not in "iu":

@@ -1,0 +1,64 @@
+# make demo, make test: everything from a fresh clone, with Python >= 3.10 and make. Second runs install nothing.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# A stamp is as old as the installation that it stands for; it is renewed when the requirements change.
+BENCH := $(VENV)/installed-bench
+DEV := $(VENV)/installed-dev
+REQUIREMENTS := pyproject.toml constraints.txt
+
+# Tensors in the tests are tiny: one thread each, and a process for every core.
+export OMP_NUM_THREADS ?= 1
+PYTEST := $(BIN)/python -m pytest
+PARALLEL ?= -n auto --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test cov lint format soak replay clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(BENCH) ## the prefix hit rates of a chat workload, as a table and a picture
+	$(BIN)/python examples/prefix_hit_rate.py
+
+test: $(DEV) ## the whole test suite; ARGS="-k tree -x" narrows it
+	$(PYTEST) $(PARALLEL) $(ARGS)
+
+cov: $(DEV) ## the test suite with line and branch coverage of both packages
+	$(PYTEST) $(PARALLEL) --cov --cov-report=term-missing $(ARGS)
+
+lint: $(DEV) ## ruff, its formatter as a check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV) ## what lint would complain about, mended where that is mechanical
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+soak: $(DEV) ## a million steps of the state machines
+	$(BIN)/python -m tests.soak $(ARGS)
+
+replay: $(DEV) ## a recorded trace through the cache, compared with known counts
+	$(BIN)/python -m tests.traces
+
+clean: ## away with .venv and what the tools left
+	rm -rf $(VENV) build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# The demo needs no more than the tests do.
+$(DEV): $(REQUIREMENTS) | $(BIN)/python
+	@echo "installing seqattn[dev] into $(VENV) (torch is large: about half a minute on a fast line)"
+	$(PIP) -e '.[dev]'
+	touch $(BENCH) $(DEV)
+
+$(BENCH): $(REQUIREMENTS) | $(BIN)/python
+	@echo "installing seqattn[bench] into $(VENV) (torch is large: about half a minute on a fast line)"
+	$(PIP) -e '.[bench]'
+	touch $(BENCH)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python 3.10 or later is needed, not %d.%d: make PYTHON=python3.11 ..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,182 @@
+"""`PagedAttention`: plan once a step, run once a layer, whatever the data and the backend.
+
+What goes where:
+
+    packed data ──plan──▶ BatchPlan (groups of rows and pages, CPU) ──prepare──▶ what the backend keeps of it
+    q           ──run───▶ rows into group order ──▶ backend ──▶ rows back into the caller's order ──▶ out, lse
+"""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+
+import torch
+
+from seqattn.attention.plan import BatchPlan, plan_batch
+from seqattn.errors import BadValueError, SeqAttnError, TensorError
+from seqattn.pages import as_count
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from seqattn.cache import PagedKVCacheManager
+    from seqattn.packed import FlashInferHybridData, FlashInferPackedData
+
+__all__ = ["PagedAttention"]
+
+#: name → the class, imported at first use
+_BACKENDS = {"torch": "seqattn.attention.torch_backend:TorchBackend"}
+
+_QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Backend(Protocol):
+    """What computes attention; its constructor takes the four arguments of `TorchBackend`."""
+
+    def prepare(self, plan: BatchPlan) -> Any:  # noqa: ANN401  each backend's own
+        """What `run` needs of a plan; must not change what an earlier plan prepared."""
+
+    def run(self, q: torch.Tensor, layer: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401  as above
+        """Output and float32 base-2 log-sum-exp of rows in group order."""
+
+
+class PagedAttention:
+    """Attention of query rows over the pages of their sequences, for plain and for hybrid packed data.
+
+        attention = PagedAttention(manager, num_qo_heads=32)
+        attention.plan(packed)                            # once a step
+        out = attention.run(q, layer=0)                   # once a layer
+
+    Query head h reads KV head `h // (num_qo_heads // manager.num_heads)`. The memory stays the manager's: nothing is
+    written, no reference is taken, and the pages must stay in use until the last `run`.
+
+    Args:
+        manager: the pages and their memory.
+        num_qo_heads: query heads, a multiple of the manager's `num_heads`.
+        backend: "auto" or the name of a backend. "torch" runs on any device and computes in float32 (float64 for
+            float64 queries).
+        sm_scale: factor of the scores; 1 / sqrt(head_dim) by default.
+        logits_soft_cap: scores become `cap * tanh(score / cap)`; None for no cap.
+
+    Raises:
+        LengthError: a number of heads that does not fit.
+        BadValueError: an unknown backend, or a scale or cap that is not a positive number.
+    """
+
+    def __init__(
+        self,
+        manager: PagedKVCacheManager,
+        num_qo_heads: int,
+        *,
+        backend: str = "auto",
+        sm_scale: float | None = None,
+        logits_soft_cap: float | None = None,
+    ) -> None:
+        self.manager = manager
+        self.num_qo_heads = as_count("num_qo_heads", num_qo_heads, 1)
+        if self.num_qo_heads % manager.num_heads:
+            raise BadValueError(f"num_qo_heads {num_qo_heads} is no multiple of the cache's {manager.num_heads} heads")
+        scale = 1 / math.sqrt(manager.head_dim) if sm_scale is None else _positive("sm_scale", sm_scale)
+        cap = None if logits_soft_cap is None else _positive("logits_soft_cap", logits_soft_cap)
+        self.backend = "torch" if backend == "auto" else backend
+        self._impl = _backend_class(self.backend)(manager, self.num_qo_heads, scale, cap)
+        self._plan: BatchPlan | None = None
+        self._prepared: Any = None
+        self._rows: torch.Tensor | None = None
+
+    def plan(
+        self,
+        packed: FlashInferPackedData | FlashInferHybridData,
+        *,
+        query_lens: Sequence[int] | None = None,
+        causal: bool = True,
+    ) -> None:
+        """Prepares for a batch; valid until the next `plan`. The packed tensors may be reused afterwards.
+
+        Args:
+            packed: the batch, plain or hybrid; on the CPU, or this waits for the device.
+            query_lens: query rows of each sequence, in the caller's order; None for one each, or for hybrid data those
+                it was packed with. Plain data may have sequences without rows.
+            causal: row i of a sequence's m rows is its token `num_tokens - m + i` and sees no token after that. False:
+                every row sees the whole sequence.
+
+        Raises:
+            TensorError: `packed` is of another type.
+            LengthError: query_lens that do not fit, or more causal rows than tokens.
+            PageError: a page that the manager does not have.
+
+        The plan before stays if this raises. Cost: O(pages) on the CPU.
+        """
+        plan = plan_batch(self.manager, packed, query_lens, causal=causal)
+        rows = None if plan.rows is None else torch.from_numpy(plan.rows).to(self.manager.device)
+        prepared = self._impl.prepare(plan)
+        self._plan, self._prepared, self._rows = plan, prepared, rows
+
+    @overload
+    def run(self, q: torch.Tensor, *, layer: int = 0, return_lse: Literal[False] = False) -> torch.Tensor: ...
+
+    @overload
+    def run(
+        self, q: torch.Tensor, *, layer: int = 0, return_lse: Literal[True]
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def run(
+        self, q: torch.Tensor, *, layer: int = 0, return_lse: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of the planned batch in one layer; no gradient.
+
+        Args:
+            q: query rows of all sequences in the caller's order, [rows, num_qo_heads, head_dim], float16, bfloat16,
+                float32 or float64, on the cache's device.
+            layer: the layer of the cache to read.
+            return_lse: return the log-sum-exp of the scores too.
+
+        Returns:
+            The output, like `q`; with `return_lse` also float32 [rows, num_qo_heads], base 2. A row that sees no token
+            has output 0 and -inf.
+
+        Raises:
+            SeqAttnError: nothing is planned.
+            TensorError: `q` has a wrong shape, dtype or device.
+            LengthError: `layer` is out of range.
+        """
+        if self._plan is None:
+            raise SeqAttnError("run needs a plan: call plan(packed) first, once a step")
+        self._check_queries(q, self._plan.num_rows)
+        with torch.no_grad():
+            if self._rows is None:
+                out, lse = self._impl.run(q, layer, self._prepared)
+            else:
+                grouped_out, grouped_lse = self._impl.run(q[self._rows], layer, self._prepared)
+                out, lse = torch.empty_like(grouped_out), torch.empty_like(grouped_lse)
+                out[self._rows], lse[self._rows] = grouped_out, grouped_lse
+        return (out, lse) if return_lse else out
+
+    def _check_queries(self, q: torch.Tensor, num_rows: int) -> None:
+        # Callers without type checks pass lists and arrays.
+        given: object = q
+        if not isinstance(given, torch.Tensor) or given.dtype not in _QUERY_DTYPES:
+            seen = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
+            raise TensorError(f"q must be a float16, bfloat16, float32 or float64 tensor, not {seen}")
+        wanted = [num_rows, self.num_qo_heads, self.manager.head_dim]
+        if list(given.shape) != wanted:
+            raise TensorError(f"q has shape {list(given.shape)} but the plan needs {wanted} (rows, heads, head_dim)")
+        if given.device != self.manager.device:
+            raise TensorError(f"q is on {given.device} but the cache on {self.manager.device}: move it there first")
+
+
+def _backend_class(name: str) -> type[Any]:
+    if name not in _BACKENDS:
+        known = ", ".join(repr(known) for known in ("auto", *_BACKENDS))
+        raise BadValueError(f"backend {name!r} is not available in this version: use one of {known}")
+    module, _, cls = _BACKENDS[name].partition(":")
+    found: type[Any] = getattr(import_module(module), cls)
+    return found
+
+
+def _positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise BadValueError(f"{name} must be a positive number, not {value!r}")
+    return float(value)

@@ -1,0 +1,261 @@
+"""A batch's page tables as levels of shared and unique pages, so that attention reads a shared prefix once.
+
+    page_size 16, one query row each                            order [0 1 2 | 3 4 | 5]
+    sequences a0 a1 a2 share pages 0 1 2                        rows       0    1    2     3    4        5
+    sequences b0 b1    share pages 3 4                          level 0   [  0  1  2   ]  [  3  4    ]  [  ]
+    sequence  x        shares none                              level 1   [5]  [6 7] [8]  [9] [10 11 12] [13]
+
+A run of pages that sequences share (`seqattn.forest`) becomes a group of a level; a sequence without a run at that
+level lies in a group without pages, one for all such neighbours. The last level has what is each sequence's own: at
+least the pages that its new tokens are written to.
+
+Invariants (`check_hybrid`):
+
+- K1 per sequence, its pages over the levels, in order, equal its page table.
+- K2 every level covers all rows; coarser boundaries are a subset of finer ones; the last level is never empty.
+- K3 without a cost model a page is listed twice only if, for at least one of its sequences, it lies past that
+  sequence's shareable pages, `(num_tokens - query_len) // page_size` of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from seqattn.cost import CostModel, runs_that_pay
+from seqattn.errors import BadValueError, InvariantError, LengthError
+from seqattn.forest import Run, build_forest
+from seqattn.indptr import to_numpy
+from seqattn.packed import FlashInferHybridData, HybridLevel
+from seqattn.pages import concatenate
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from seqattn.pages import PageArray
+
+    Int64Array = npt.NDArray[np.int64]
+
+__all__ = ["CostModel", "check_hybrid", "pack_hybrid", "predict_us"]
+
+
+def pack_hybrid(
+    tables: Sequence[PageArray],
+    num_tokens: Sequence[int] | Int64Array,
+    *,
+    page_size: int,
+    query_lens: Sequence[int] | None,
+    cost_model: CostModel | Literal["auto"] | None,
+) -> FlashInferHybridData:
+    """Packs a batch into levels.
+
+    Args:
+        tables: each sequence's page table, int32 [ceil(num_tokens / page_size)].
+        num_tokens: tokens of each sequence, new ones included.
+        page_size: token slots in a page.
+        query_lens: query rows of each sequence, its last tokens: in [1, num_tokens]. None for one each.
+        cost_model: None keeps every shared run as a level. A `CostModel`, or `"auto"` for the default one, drops runs
+            that do not pay, possibly all: one level then, in the caller's order.
+
+    Returns:
+        Levels of int32 CPU tensors that share no memory with the tables, and the order of the sequences in them.
+
+    Raises:
+        LengthError: lists of different lengths, a table that does not fit its tokens, or a query_len out of range. A
+            sequence without query rows reads nothing: leave it out of the batch.
+        BadValueError: `cost_model` is something else.
+
+    Cost: each page is read about twice, about three numpy calls for each sequence and level.
+    """
+    lens, rows = _checked(tables, num_tokens, page_size, query_lens)
+    model = _model(cost_model)
+    order, runs = build_forest(tables, ((lens - rows) // page_size).tolist())
+    rows_before = np.concatenate(([0], np.cumsum(rows[order])))
+    if model is not None and runs:
+        kept = runs_that_pay(runs, rows_before, page_size, model)
+        runs = _without(runs, kept)
+        if not runs:
+            order = list(range(len(tables)))
+            rows_before = np.concatenate(([0], np.cumsum(rows)))
+    levels = _shared_levels(runs, [tables[i] for i in order], rows_before, page_size)
+    levels.append(_last_level(runs, [tables[i] for i in order], rows_before, (lens[order] - 1) % page_size + 1))
+    return FlashInferHybridData.trusted(tuple(levels), torch.tensor(order, dtype=torch.int64))
+
+
+def _checked(
+    tables: Sequence[PageArray],
+    num_tokens: Sequence[int] | Int64Array,
+    page_size: int,
+    query_lens: Sequence[int] | None,
+) -> tuple[Int64Array, Int64Array]:
+    """Tokens and query rows of each sequence, int64 [batch]."""
+    lens = _integers("num_tokens", num_tokens, len(tables))
+    rows = np.ones_like(lens) if query_lens is None else _integers("query_lens", query_lens, len(tables))
+    wrong = np.flatnonzero((rows < 1) | (rows > lens))
+    if len(wrong):
+        i = int(wrong[0])
+        raise LengthError(
+            f"query_lens[{i}] is {rows[i]} for a sequence of {lens[i]} tokens: in a hybrid batch every sequence has at "
+            "least one query row, and its rows are its last tokens"
+        )
+    num_pages = np.array([len(table) for table in tables], dtype=np.int64)
+    wrong = np.flatnonzero(num_pages != -(-lens // page_size))
+    if len(wrong):
+        i = int(wrong[0])
+        raise LengthError(f"tables[{i}] has {num_pages[i]} pages of {page_size} for {lens[i]} tokens")
+    return lens, rows
+
+
+def _integers(name: str, values: Sequence[int] | Int64Array, num_sequences: int) -> Int64Array:
+    array: npt.NDArray[Any] = np.asarray(values)
+    if array.shape != (num_sequences,) or (array.dtype.kind not in "iu" and num_sequences):
+        raise LengthError(f"{name} must be one integer for each of {num_sequences} sequences, not {values!r}")
+    return array.astype(np.int64, copy=False)
+
+
+def _model(cost_model: CostModel | Literal["auto"] | None) -> CostModel | None:
+    if cost_model is None or isinstance(cost_model, CostModel):
+        return cost_model
+    if cost_model == "auto":
+        return CostModel()
+    raise BadValueError(f"cost_model must be None, 'auto' or a CostModel, not {cost_model!r}")
+
+
+def _without(runs: list[Run], kept: list[bool]) -> list[Run]:
+    """The kept runs alone: pages of a run that is dropped go to the kept runs below it."""
+    left: list[Run] = []
+    #: for each run the index in `left` of the nearest kept run at or above it
+    nearest: list[int | None] = []
+    for run, keep in zip(runs, kept, strict=True):
+        above = None if run.parent is None else nearest[run.parent]
+        if keep:
+            begin = 0 if above is None else left[above].end
+            left.append(Run(run.first, run.stop, begin, run.end, above))
+            above = len(left) - 1
+        nearest.append(above)
+    return left
+
+
+def _shared_levels(
+    runs: list[Run], tables: list[PageArray], rows_before: Int64Array, page_size: int
+) -> list[HybridLevel]:
+    """All levels but the last; `tables` in group order."""
+    by_level: list[list[Run]] = []
+    level_of: list[int] = []
+    for run in runs:
+        level_of.append(0 if run.parent is None else level_of[run.parent] + 1)
+        if level_of[-1] == len(by_level):
+            by_level.append([])
+        by_level[level_of[-1]].append(run)
+    boundaries = {0, len(tables)}
+    levels = []
+    for members in by_level:
+        # Boundaries only ever grow from level to level, so that groups without pages end where groups above them do.
+        boundaries.update(run.first for run in members)
+        boundaries.update(run.stop for run in members)
+        levels.append(_shared_level(members, sorted(boundaries), tables, rows_before, page_size))
+    return levels
+
+
+def _shared_level(
+    members: list[Run], boundaries: list[int], tables: list[PageArray], rows_before: Int64Array, page_size: int
+) -> HybridLevel:
+    at = {run.first: run for run in members}
+    groups = [at.get(first) for first in boundaries[:-1]]
+    num_pages = np.array([run.end - run.begin if run else 0 for run in groups], dtype=np.int32)
+    return _level(
+        rows_before[boundaries],
+        num_pages,
+        concatenate(tables[run.first][run.begin : run.end] for run in members),
+        np.where(num_pages > 0, page_size, 0),
+    )
+
+
+def _last_level(runs: list[Run], tables: list[PageArray], rows_before: Int64Array, last: Int64Array) -> HybridLevel:
+    num_shared = np.zeros(len(tables), dtype=np.int64)
+    for run in runs:  # a run below overwrites what the run above it left
+        num_shared[run.first : run.stop] = run.end
+    own = [table[begin:] for table, begin in zip(tables, num_shared.tolist(), strict=True)]
+    return _level(rows_before, np.array([len(pages) for pages in own], dtype=np.int32), concatenate(own), last)
+
+
+def _level(qo_indptr: Int64Array, num_pages: npt.NDArray[np.int32], pages: PageArray, last: Int64Array) -> HybridLevel:
+    kv_page_indptr = np.zeros(len(num_pages) + 1, dtype=np.int32)
+    np.cumsum(num_pages, out=kv_page_indptr[1:])
+    parts = (qo_indptr.astype(np.int32), kv_page_indptr, pages, last.astype(np.int32))
+    return HybridLevel.trusted(*(torch.from_numpy(part) for part in parts))
+
+
+def predict_us(data: FlashInferHybridData, page_size: int, cost_model: CostModel) -> float:
+    """The predicted time of one layer's attention over packed levels, in microseconds; O(pages log pages)."""
+    pages = concatenate(to_numpy(level.kv_page_indices) for level in data.levels)
+    by_page = [_by_page(level, page_size) for level in data.levels]
+    rows, tokens = (np.concatenate([part[i] for part in by_page]) for i in (0, 1))
+    different, index, times = np.unique(pages, return_inverse=True, return_counts=True)
+    reads = tokens @ np.where(times[index] > 1, cost_model.again_us(rows), cost_model.first_us(rows))
+    # A page may be full for one sequence and the partly filled last page of another.
+    most_tokens = np.zeros(len(different), dtype=np.int64)
+    np.maximum.at(most_tokens, index, tokens)
+    extra = most_tokens @ np.where(times > 1, cost_model.memory_us - cost_model.reread_us, 0)
+    return float(reads + extra) + cost_model.launch_us + (len(data.levels) - 1) * cost_model.level_overhead_us
+
+
+def _by_page(level: HybridLevel, page_size: int) -> tuple[Int64Array, Int64Array]:
+    """For each page that a level lists the rows of the group that reads it, and the tokens in it."""
+    num_pages = np.diff(to_numpy(level.kv_page_indptr))
+    tokens = np.full(int(num_pages.sum()), page_size, dtype=np.int64)
+    has_pages = num_pages > 0
+    tokens[np.cumsum(num_pages)[has_pages] - 1] = to_numpy(level.kv_last_page_len)[has_pages]
+    return np.repeat(np.diff(to_numpy(level.qo_indptr)).astype(np.int64), num_pages), tokens
+
+
+def check_hybrid(
+    data: FlashInferHybridData,
+    tables: Sequence[PageArray],
+    num_tokens: Sequence[int] | Int64Array,
+    query_lens: Sequence[int] | None,
+    page_size: int,
+    cost_model: CostModel | Literal["auto"] | None = None,
+) -> None:
+    """Proves B1, B2 and K1 to K3 (K3 only without a cost model) of packed levels; slow.
+
+    Raises:
+        InvariantError: naming the invariant that does not hold.
+    """
+    data.check(page_size)
+    lens, rows = _checked(tables, num_tokens, page_size, query_lens)
+    order = data.order.tolist()
+    last = data.levels[-1]
+    if np.diff(to_numpy(last.qo_indptr)).tolist() != rows[order].tolist():
+        raise InvariantError("K2", f"the last level has rows {last.qo_indptr.tolist()} for query_lens {rows[order]}")
+    for i, (got, table) in enumerate(zip(data.unpack(), tables, strict=True)):
+        if got.tolist() != np.asarray(table).tolist():
+            raise InvariantError("K1", f"sequence {i} has pages {got.tolist()}, not {np.asarray(table).tolist()}")
+    if last.kv_last_page_len.tolist() != ((lens[order] - 1) % page_size + 1).tolist():
+        raise InvariantError("K1", f"last_page_len {last.kv_last_page_len.tolist()} for {lens[order]} tokens")
+    for level in data.levels[:-1]:
+        if not set(level.kv_last_page_len.tolist()) <= {0, page_size}:
+            raise InvariantError("K1", f"a shared page is not full: {level.kv_last_page_len.tolist()}")
+    if cost_model is None:
+        _check_k3(data, [tables[i] for i in order], ((lens - rows) // page_size)[order].tolist())
+
+
+def _check_k3(data: FlashInferHybridData, tables: list[PageArray], limits: list[int]) -> None:
+    first_rows = to_numpy(data.levels[-1].qo_indptr)[:-1]
+    indptrs = [to_numpy(level.kv_page_indptr) for level in data.levels]
+    groups = [np.searchsorted(to_numpy(level.qo_indptr), first_rows, side="right") - 1 for level in data.levels]
+    #: each list of leading pages that may be shared, and the (level, group) in which its last page is listed
+    listed: dict[tuple[int, ...], tuple[int, int]] = {}
+    for i, (table, limit) in enumerate(zip(tables, limits, strict=True)):
+        places = [
+            (level, int(group[i]))
+            for level, (group, indptr) in enumerate(zip(groups, indptrs, strict=True))
+            for _ in range(indptr[group[i]], indptr[group[i] + 1])
+        ]
+        for end in range(1, limit + 1):
+            prefix = tuple(table[:end].tolist())
+            if listed.setdefault(prefix, places[end - 1]) != places[end - 1]:
+                raise InvariantError("K3", f"page {prefix[-1]} is listed in {listed[prefix]} and in {places[end - 1]}")
