@@ -68,6 +68,8 @@ def _share(state: State, other: Running, own: PageArray, done: Inserted) -> None
     table = other.table[at : at + len(own)]
     same = table == own[: len(table)]
     count = len(table) if same.all() else int(same.argmin())
+    if not count:  # the tree had these tokens as part of more, and took nothing
+        return
     adopted = min(count, done.num_known)
     if adopted:
         state.manager.hold(pages[:adopted])

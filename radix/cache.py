@@ -300,7 +300,7 @@ class PrefixCache:
         """
         with self.lock:
             run = self._get(seq_id)
-            self.state.retries.remember(seq_id, run.prompt)
+            self.state.retries.remember(seq_id, run.namespace, run.prompt)
             self._end(seq_id, run, run.table)
 
     def _end(self, seq_id: Hashable, run: Running, pages: PageArray) -> None:

@@ -59,7 +59,7 @@ class Plan:
     @property
     def source(self) -> int:
         """The page that the tail is copied from."""
-        return int(self.path.nodes[-1].page_ids[self.num_shared - self.path.num_pages])
+        return int(np.frombuffer(self.path.pages, np.int32, 1, self.num_shared * PAGE_ID_BYTES)[0])
 
     def keep(self, kept: dict[Node, int]) -> None:
         """Adds to `kept` how many pages of each node must not be evicted: those shared, and the tail's source."""
@@ -87,6 +87,29 @@ class _KeptBy:
         kept: dict[Node, int] = {}
         self.plan.keep(kept)
         return kept.get(node, default)
+
+
+class _HeldByHand:
+    """Pages that are held by hand, which stay with everything above them, on top of what else is kept.
+
+    It must be asked in the order of the idle queue, in which children come before their parents.
+    """
+
+    __slots__ = ("blocked", "kept", "ref_count")
+
+    def __init__(self, ref_count: PageArray, kept: Kept) -> None:
+        self.ref_count = ref_count
+        self.kept = kept
+        self.blocked: set[Node] = set()
+
+    def get(self, node: Node, default: Literal[0], /) -> int:
+        held = np.flatnonzero(self.ref_count[node.page_ids] > 1)
+        count = max(int(held[-1]) + 1 if len(held) else 0, self.kept.get(node, default))
+        if node in self.blocked:
+            count = node.num_pages
+        if count and node.parent is not None:
+            self.blocked.add(node.parent)
+        return count
 
 
 @define(slots=True, eq=False)
@@ -141,19 +164,13 @@ class Reserve:
     def find(self, num_pages: int, kept: Kept = NOTHING_KEPT) -> tuple[list[tuple[Node, int]], PageArray]:
         """The victims that free the next `num_pages` idle pages, and those pages, in the order in which they go.
 
-        A page that is also held by hand would not become free; it leaves the tree with the others and does not count.
+        Pages that are held by hand are in use: they and those above them stay.
         """
-        wanted = num_pages
-        while True:
-            victims = self.tree.victims(wanted, kept)
-            named = b"".join([node.pages[-count * PAGE_ID_BYTES :] for node, count in victims])
-            pages = np.frombuffer(named, dtype=np.int32)
-            if not self.manager.num_outside_refs:
-                return victims, pages
-            freed = pages[self.manager.ref_count[pages] == 1]
-            if len(freed) == num_pages or len(pages) < wanted:
-                return victims, freed
-            wanted += num_pages - len(freed)
+        if self.manager.num_outside_refs:
+            kept = _HeldByHand(self.manager.ref_count, kept)
+        victims = self.tree.victims(num_pages, kept)
+        named = b"".join([node.pages[-count * PAGE_ID_BYTES :] for node, count in victims])
+        return victims, np.frombuffer(named, dtype=np.int32)
 
     def num_reclaimable(self, kept: Mapping[Node, int] = NOTHING_KEPT) -> int:
         """Idle pages outside `kept`; O(kept), or O(idle nodes) while pages are held by hand."""
@@ -162,7 +179,7 @@ class Reserve:
         return self.tree.num_idle_pages - sum([count for node, count in kept.items() if not node.num_holders])
 
     def fit(self, plans: list[Plan]) -> Kept:
-        """Makes plans fit: gives up tails, last plan first, where that frees the page that is missing.
+        """Makes plans fit: gives up tails, last plan first, where that frees the source page, which is missing.
 
         Returns:
             What must be kept of each node while evicting.
@@ -192,30 +209,31 @@ class Reserve:
             if short <= 0:
                 return kept
             if plan.tail_len:
-                tail_len, plan.tail_len = plan.tail_len, 0
+                same = [p for p in plans if p.tail_len and p.source == plan.source]
+                tail_lens = [p.tail_len for p in same]
+                _set_tails(same, [0] * len(same))
                 kept = _kept(plans)
                 short_without = missing - self.num_reclaimable(kept)
                 if short_without == short:
-                    plan.tail_len = tail_len
+                    _set_tails(same, tail_lens)
                 short = short_without
         if short > 0:
             raise NoPageError(needed, needed - short)
         return kept
 
     def _evict(self, victims: list[tuple[Node, int]]) -> None:
-        """Trims the tree; pages with other holders lose the tree's reference, the rest keep it for who takes them."""
+        """Trims the tree; the pages keep its reference for whoever takes them."""
         clock, stats = self.tree.clock, self.stats
         ages, reuses = stats.evicted_ages, stats.evicted_reuses
         for node, count in victims:
             ages[(clock - node.stamp).bit_length()] += count
             reuses[node.num_reuses.bit_length()] += count
-        trimmed = self.tree.trim(victims)
-        stats.num_evicted_pages += len(trimmed) // PAGE_ID_BYTES
-        if self.manager.num_outside_refs:
-            pages = np.frombuffer(trimmed, dtype=np.int32)
-            others = pages[self.manager.ref_count[pages] > 1]
-            self.manager.drop(others)
-            stats.num_evicted_pages -= len(others)
+        stats.num_evicted_pages += len(self.tree.trim(victims)) // PAGE_ID_BYTES
+
+
+def _set_tails(plans: list[Plan], tail_lens: list[int]) -> None:
+    for plan, tail_len in zip(plans, tail_lens, strict=True):
+        plan.tail_len = tail_len
 
 
 def _kept(plans: Iterable[Plan]) -> dict[Node, int]:

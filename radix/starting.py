@@ -69,7 +69,7 @@ def _begin(state: State, plan: Plan, tail: int | None, new_pages: PageArray) -> 
         _hold_path(state, plan, run)
     state.descriptor.add(plan.seq_id, run)
     num_cached = shared * page_size + plan.tail_len
-    if not (state.retries.aborted and state.retries.is_retry(plan.seq_id, plan.key)):
+    if not (state.retries.aborted and state.retries.is_retry(plan.seq_id, plan.namespace, plan.key)):
         stats = state.stats
         stats.num_requests += 1
         stats.num_query_tokens += num_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tests.radix.tables import Entry, Key, Outcome, Plan, Running, Short, Tables
@@ -85,7 +85,7 @@ class Model(Tables):
         is_cut = len(sequence.tokens) % self.page_size > 0
         return is_cut and self.ref_counts()[sequence.pages[-1]] > 1
 
-    def plan_extend(self, chunks: dict[int, Sequence[int]]) -> int | Short:
+    def plan_extend(self, chunks: Mapping[int, Sequence[int]]) -> int | Short:
         """Pages that appending these tokens takes."""
         needed = 0
         for seq_id, tokens in chunks.items():
@@ -94,7 +94,7 @@ class Model(Tables):
         available = len(self.free_pages()) + len(self.idle_pages())
         return Short(needed, available) if needed > available else needed
 
-    def extend(self, chunks: dict[int, Sequence[int]], tables: dict[int, list[int]]) -> None:
+    def extend(self, chunks: Mapping[int, Sequence[int]], tables: dict[int, list[int]]) -> None:
         """Follows an `extend` that left these page tables."""
         needed = self.plan_extend(chunks)
         assert isinstance(needed, int)

@@ -107,6 +107,10 @@ def test_the_largest_token_id_is_one() -> None:
     assert cache.match([2**31 - 1, 0]).num_tokens == 2
 
 
+# Of no type that the methods take.
+HALF: Any = 0.5
+NO_HASH: Any = [1]
+
 REFUSED: dict[str, tuple[Call, type[Exception], str]] = {
     "an empty prompt": (lambda c: c.start(5, []), TokenError, "empty"),
     "an empty prompt among others": (lambda c: c.start_many([5, 6], [[1], []]), TokenError, "empty"),
@@ -118,7 +122,7 @@ REFUSED: dict[str, tuple[Call, type[Exception], str]] = {
     "too few prompts": (lambda c: c.start_many([5, 6], [[1]]), LengthError, "2 .* 1"),
     "too few namespaces": (lambda c: c.start_many([5, 6], [[1], [2]], namespaces=["b"]), LengthError, "1"),
     "uncached below zero": (lambda c: c.start(5, [1], min_uncached_tokens=-1), LengthError, "-1"),
-    "uncached no integer": (lambda c: c.start(5, [1], min_uncached_tokens=0.5), LengthError, "0.5"),  # type: ignore[arg-type]
+    "uncached no integer": (lambda c: c.start(5, [1], min_uncached_tokens=HALF), LengthError, "0.5"),
     "a prompt larger than the cache": (lambda c: c.start(5, [1] * 17), PromptTooLargeError, "9 pages"),
     "such a prompt among others": (lambda c: c.start_many([5, 6], [[1], [1] * 17]), PromptTooLargeError, "9 pages"),
     "more prompts than fit": (lambda c: c.start_many([5, 6], [[8] * 6, [9] * 6]), NoPageError, "6 pages needed, 4"),
@@ -131,7 +135,7 @@ REFUSED: dict[str, tuple[Call, type[Exception], str]] = {
     "publishing less than nothing": (lambda c: c.publish(0, num_tokens=-1), LengthError, "-1"),
     "finishing an unknown id": (lambda c: c.finish(9), UnknownSequenceError, "9"),
     "finishing more than there is": (lambda c: c.finish(0, num_tokens=6), LengthError, "5 tokens .* 6"),
-    "finishing half a token": (lambda c: c.finish(0, num_tokens=0.5), LengthError, "0.5"),  # type: ignore[arg-type]
+    "finishing half a token": (lambda c: c.finish(0, num_tokens=HALF), LengthError, "0.5"),
     "aborting an unknown id": (lambda c: c.abort(9), UnknownSequenceError, "9"),
     "forking an unknown id": (lambda c: c.fork(9, 5), UnknownSequenceError, "9"),
     "forking onto a running id": (lambda c: c.fork(0, 1), DuplicateSequenceError, "1"),
@@ -140,17 +144,17 @@ REFUSED: dict[str, tuple[Call, type[Exception], str]] = {
     "cutting to more than there is": (lambda c: c.truncate(0, 6), LengthError, "5 tokens .* 6"),
     "cutting below zero": (lambda c: c.truncate(0, -1), LengthError, "-1"),
     "evicting less than nothing": (lambda c: c.evict(-1), LengthError, "-1"),
-    "evicting half a page": (lambda c: c.evict(0.5), LengthError, "0.5"),  # type: ignore[arg-type]
+    "evicting half a page": (lambda c: c.evict(HALF), LengthError, "0.5"),
     "packing an unknown id": (lambda c: c.pack_for_flashinfer([0, 9]), UnknownSequenceError, "9"),
     "packing hybrid an unknown id": (lambda c: c.pack_hybrid_for_flashinfer([0, 9]), UnknownSequenceError, "9"),
-    "an id that cannot be hashed": (lambda c: c.start([1], [1]), SeqAttnError, r"\[1\]"),
-    "ids that cannot be hashed": (lambda c: c.start_many([[1]], [[1]]), SeqAttnError, r"\[1\]"),
-    "an unknown id that cannot be hashed": (lambda c: c.finish([1]), SeqAttnError, r"\[1\]"),
-    "forking onto what cannot be hashed": (lambda c: c.fork(0, [1]), SeqAttnError, r"\[1\]"),
-    "a namespace that cannot be hashed": (lambda c: c.start(5, [1], namespace=[1]), SeqAttnError, r"\[1\]"),
-    "matching in such a namespace": (lambda c: c.match([1], namespace=[1]), SeqAttnError, r"\[1\]"),
-    "pinning in such a namespace": (lambda c: c.pin([1], namespace=[1]).__enter__(), SeqAttnError, r"\[1\]"),
-    "asking for such a namespace": (lambda c: c.can_start([1], namespace=[1]), SeqAttnError, r"\[1\]"),
+    "an id that cannot be hashed": (lambda c: c.start(NO_HASH, [1]), SeqAttnError, r"\[1\]"),
+    "ids that cannot be hashed": (lambda c: c.start_many([NO_HASH], [[1]]), SeqAttnError, r"\[1\]"),
+    "an unknown id that cannot be hashed": (lambda c: c.finish(NO_HASH), SeqAttnError, r"\[1\]"),
+    "forking onto what cannot be hashed": (lambda c: c.fork(0, NO_HASH), SeqAttnError, r"\[1\]"),
+    "a namespace that cannot be hashed": (lambda c: c.start(5, [1], namespace=NO_HASH), SeqAttnError, r"\[1\]"),
+    "matching in such a namespace": (lambda c: c.match([1], namespace=NO_HASH), SeqAttnError, r"\[1\]"),
+    "pinning in such a namespace": (lambda c: c.pin([1], namespace=NO_HASH).__enter__(), SeqAttnError, r"\[1\]"),
+    "asking for such a namespace": (lambda c: c.can_start([1], namespace=NO_HASH), SeqAttnError, r"\[1\]"),
     "pages out of range to check": (lambda c: c.check(outside=[8]), BadValueError, "8"),
     "pages to check that nobody holds": (lambda c: c.check(outside=[7]), InvariantError, "P3"),
 }

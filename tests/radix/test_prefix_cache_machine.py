@@ -170,7 +170,7 @@ def test_random_lives_come_everywhere() -> None:
 
 def test_a_life_reads_as_it_is_written() -> None:
     life = (
-        "start 0 [5,6,7] in b · start_many 0 [1] 1 [2,3] in b uncached 0 · extend 0 [8] 1 [2,3] · publish 0 · finish 0 3 · "
-        "match [] in b · pin 0 [1] · unpin 0 · hold 1 [2] · evict 2 · fork 0 1 · truncate 1 2 · clear"
+        "start 0 [5,6,7] in b · start_many 0 [1] 1 [2,3] in b uncached 0 · extend 0 [8] 1 [2,3] · publish 0 · "
+        "finish 0 3 · match [] in b · pin 0 [1] · unpin 0 · hold 1 [2] · evict 2 · fork 0 1 · truncate 1 2 · clear"
     )
     assert " · ".join(described(call) for call in parsed(life)) == life

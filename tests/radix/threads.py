@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, suppress
 
 from radix.cache import PrefixCache
 from radix.running import PrefixMatch
-from seqattn.errors import NoPageError
+from seqattn.errors import InvariantError, NoPageError
 from tests.radix.fake_kv import FakeKV
 from tests.radix.state import tables
 
@@ -152,6 +152,8 @@ def run_threads(page_size: int, num_pages: int, seconds: float, seed: int = 0) -
         while any(thread.is_alive() for thread in threads):
             time.sleep(0.01)
             cache.check()
+    except InvariantError as error:
+        errors.append(error)  # behind what a thread may have found before
     finally:
         sys.setswitchinterval(interval)
         for thread in threads:

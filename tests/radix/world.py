@@ -87,9 +87,9 @@ class World:
         if name == "extend":
             return len(dict(call[1])) == len(call[1]) and all(seq_id in running for seq_id, _ in call[1])
         if name in ("pin", "unpin"):
-            return (call[1] in self.pins) == (name == "unpin")
+            return bool((call[1] in self.pins) == (name == "unpin"))
         if name in ("hold", "take", "let_go"):
-            return (call[1] in self.model.by_hand) == (name == "let_go")
+            return bool((call[1] in self.model.by_hand) == (name == "let_go"))
         is_new_free = name != "fork" or call[2] not in running
         return name in ("evict", "clear", "match") or (call[1] in running and is_new_free)
 
@@ -125,7 +125,7 @@ class World:
         started = call()
         seq_ids, now = [seq_id for seq_id, _, _ in items], tables(self.cache)
         outcomes = [
-            Outcome(s.num_cached_tokens, s.num_shared_pages, s.forked and tuple(s.forked), now[seq_id])
+            Outcome(s.num_cached_tokens, s.num_shared_pages, s.forked, now[seq_id])
             for seq_id, s in zip(seq_ids, started, strict=True)
         ]
         assert self.memory.num_copies - num_copies == any(outcome.forked for outcome in outcomes), "one copy for all"
@@ -299,6 +299,11 @@ class World:
             assert getattr(stats, name) == getattr(counts, name), f"{name}: {getattr(stats, name)}, not {counts}"
         assert stats.num_evicted_pages == self.model.num_evicted, "num_evicted_pages is wrong"
 
+    def cached(self, namespace: Hashable = None) -> dict[Tokens, int]:
+        """The cached prefixes of a namespace, and the page in which each ends."""
+        found = entries(self.cache.tree)
+        return {tokens: page for (where, tokens), (page, _) in found.items() if where == namespace}
+
     def end(self) -> None:
         """M4: everything let go and evicted, one page at a time, every page is free."""
         for name, ids in (("unpin", self.pins), ("let_go", self.model.by_hand), ("abort", self.model.running)):
@@ -309,3 +314,8 @@ class World:
         self.do(("evict", 1))
         assert self.memory.available_pages_count == self.memory.num_pages, "pages are lost"
         assert not self.cache.tree.roots, "an empty root was kept"
+
+
+def live(page_size: int, num_pages: int, life: str, *, whole_pages: bool = False) -> World:
+    """A world after this life."""
+    return World(num_pages, page_size, whole_pages=whole_pages).live(life)
