@@ -243,6 +243,8 @@ class PageAllocator:
         if holders is None:
             return
         known = np.bincount(holders, minlength=self.num_pages)
+        if len(known) > self.num_pages:
+            raise InvariantError("P3", f"page {len(known) - 1} is held but is not in [0, {self.num_pages})")
         off = np.flatnonzero(self.ref_count != known if exact else self.ref_count < known)
         if len(off):
             page = int(off[0])

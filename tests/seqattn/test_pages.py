@@ -231,7 +231,7 @@ def broken(pool: PageAllocator, what: str) -> None:
     elif what == "a page in use without a reference":
         pool.ref_count[0] = 0
     elif what == "a page that got lost":
-        pool._top -= 1
+        pool.available_pages_count -= 1
     else:
         pool.ref_count[1] = -1
 
