@@ -145,7 +145,7 @@ class World:
     def is_retry(self, seq_id: int, tokens: Tokens, namespace: Hashable) -> bool:
         """A request that comes again after `abort`, perhaps with more tokens, counts once."""
         there, prompt = self.counts.aborted.pop(seq_id, (None, ()))
-        return there == namespace and prompt != () and tokens[: len(prompt)] == prompt
+        return there == namespace and bool(prompt) and tokens[: len(prompt)] == prompt
 
     def must_be_short(self, short: Short, call: Callable[[], object]) -> None:
         """The call must raise `NoPageError` with these numbers, and change nothing."""
@@ -224,7 +224,8 @@ class World:
 
     def abort(self, seq_id: int) -> None:
         self.cache.abort(seq_id)
-        self.counts.aborted[seq_id] = (self.model.running[seq_id].namespace, self.prompts[seq_id])
+        if self.prompts[seq_id]:
+            self.counts.aborted[seq_id] = (self.model.running[seq_id].namespace, self.prompts[seq_id])
         self.model.let_go(seq_id)
 
     # -- the rest -----------------------------------------------------------------------------------------------------

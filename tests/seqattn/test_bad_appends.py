@@ -76,6 +76,15 @@ def test_a_bad_append_is_refused_and_writes_nothing(
     assert manager.ref_count.tolist() == [1, 1, 1, 1, 2, 0, 0, 0]
 
 
+def test_a_sequence_that_appends_nothing_may_share_its_last_page() -> None:
+    manager = cache()
+    manager.allocate(3)
+    manager.ref([1])
+    manager.append_kv(rows(1), rows(1), two(), int32(0, 0, 1))
+    assert manager.key_cache[2, 2].all()
+    assert manager.key_cache.count_nonzero() == 8
+
+
 def test_shared_pages_that_are_only_read_do_not_matter() -> None:
     manager = cache()
     manager.allocate(3)
