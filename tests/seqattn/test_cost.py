@@ -187,6 +187,13 @@ def test_a_chain_of_runs_is_cut_to_the_levels_that_pay() -> None:
     assert predict_us(data, 16, model) < min(predict_us(packed(batch, other), 16, model) for other in (None, PLAIN))
 
 
+def test_a_short_system_prompt_is_read_with_each_document() -> None:
+    """Four documents for two sequences each: a level for the prompt alone would save less than it costs."""
+    data = packed(grid(1, 12800, 4, 16000, 16, 8), CostModel())
+    assert len(data.levels) == 2
+    assert np.diff(data.levels[0].kv_page_indptr.numpy()).tolist() == [1800] * 4
+
+
 def test_auto_is_the_default_model() -> None:
     batch = grid(1, 32768, 1, 0, 256, 16)
     data = pack_hybrid(batch.tables, batch.num_tokens, page_size=16, query_lens=None, cost_model="auto")
