@@ -35,6 +35,7 @@ from radix.running import PrefixMatch, Running, Started, match_of
 from radix.starting import start_all
 from radix.state import State
 from radix.tokens import TOKEN_BYTES, Tokens, as_key, one_token
+from seqattn.counts import as_count
 from seqattn.errors import (
     BadValueError,
     DuplicateSequenceError,
@@ -43,7 +44,7 @@ from seqattn.errors import (
     TokenError,
     UnknownSequenceError,
 )
-from seqattn.pages import as_count, concatenate
+from seqattn.pages import concatenate
 
 if TYPE_CHECKING:
     from radix.show import Decode

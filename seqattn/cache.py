@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from attrs import define
 
+from seqattn.counts import as_count
 from seqattn.errors import BadValueError, LengthError, PageError, SharedPageError, TensorError
 from seqattn.indptr import to_numpy, validate_last
 from seqattn.packed import FlashInferPackedData
-from seqattn.pages import PageAllocator, as_count
+from seqattn.pages import PageAllocator
 
 if TYPE_CHECKING:
     import numpy.typing as npt

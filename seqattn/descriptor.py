@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from attrs import define, field
 
+from seqattn.counts import as_count
 from seqattn.errors import (
     BadValueError,
     DuplicateSequenceError,
@@ -28,7 +29,7 @@ from seqattn.errors import (
     PageError,
     UnknownSequenceError,
 )
-from seqattn.pages import PageAllocator, as_count, concatenate, has_twice
+from seqattn.pages import PageAllocator, concatenate, has_twice
 from seqattn.sequence import SequenceData
 
 if TYPE_CHECKING:

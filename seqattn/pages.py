@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from seqattn.errors import BadValueError, InvariantError, LengthError, NoPageError, PageError
+from seqattn.counts import as_count, is_int, positive
+from seqattn.errors import InvariantError, LengthError, NoPageError, PageError, SharedPageError
 
 if TYPE_CHECKING:
     PageArray: TypeAlias = npt.NDArray[np.int32]
@@ -47,8 +48,8 @@ class PageAllocator:
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
-        self.num_pages = _positive("num_pages", num_pages)
-        self.page_size = _positive("page_size", page_size)
+        self.num_pages = positive("num_pages", num_pages)
+        self.page_size = positive("page_size", page_size)
         self.ref_count: PageArray = np.zeros(self.num_pages, dtype=np.int32)
         # Indexing with anything but intp makes numpy convert first, which costs more than the indexing itself.
         self._stack: npt.NDArray[np.intp] = np.arange(self.num_pages - 1, -1, -1, dtype=np.intp)
@@ -176,7 +177,8 @@ class PageAllocator:
 
         Raises:
             PageError: a page out of range or free, or written where it is also read or written.
-            LengthError: a number of slots outside [1, page_size], or lists of different lengths.
+            SharedPageError: a destination that others hold too.
+            LengthError: a number of slots that is not in [1, page_size], or lists of different lengths.
         """
         self._refuse_copy(_as_ints(src_pages), _as_ints(dst_pages), _as_ints(num_slots))
 
@@ -185,18 +187,21 @@ class PageAllocator:
     ) -> tuple[PageArray, PageArray, PageArray]:
         """The checked arguments of `copy_page_slots` as int32 arrays."""
         self._refuse_copy(_as_ints(src_pages), _as_ints(dst_pages), _as_ints(num_slots))
-        return (self.as_pages(src_pages), self.as_pages(dst_pages), np.asarray(num_slots, dtype=np.int32).reshape(-1))
+        return self.as_pages(src_pages), self.as_pages(dst_pages), np.asarray(num_slots, dtype=np.int32).reshape(-1)
 
     def _refuse_copy(self, src: list[int], dst: list[int], slots: list[int]) -> None:
         """Raises what `copy_page_slots` raises; plain Python, since most copies are of one page."""
         if not len(src) == len(dst) == len(slots):
             raise LengthError(f"{len(src)} source pages, {len(dst)} destinations and {len(slots)} slot counts differ")
         for page in src + dst:
-            if not 0 <= page < self.num_pages or not self.ref_count[page]:
-                raise PageError(f"page {page} is not in use: a copy needs both of its pages allocated")
+            if not is_int(page) or not 0 <= page < self.num_pages or not self.ref_count[page]:
+                raise PageError(f"page {page!r} is not in use: a copy needs both of its pages allocated")
+        for page in dst:
+            if self.ref_count[page] > 1:
+                raise SharedPageError(page, int(self.ref_count[page]))
         for count in slots:
-            if not 1 <= count <= self.page_size:
-                raise LengthError(f"{count} slots cannot be copied: a page has {self.page_size}")
+            if not is_int(count) or not 1 <= count <= self.page_size:
+                raise LengthError(f"{count!r} slots cannot be copied: a page has {self.page_size}")
         if len(set(dst)) < len(dst) or not set(dst).isdisjoint(src):
             raise PageError(f"destinations {dst} must differ from each other and from the sources {src}")
 
@@ -251,32 +256,8 @@ class PageAllocator:
             raise InvariantError("P3", f"page {page} has ref_count {self.ref_count[page]} but {known[page]} holders")
 
 
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise BadValueError(f"{name} must be an integer of at least 1, not {value!r}")
-    return int(value)
-
-
 def _as_ints(values: PageList) -> list[int]:
-    """A list of Python ints; raises PageError for anything that is not a flat list of integers."""
-    found = values.tolist() if isinstance(values, np.ndarray) else list(values)
-    for value in found:
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise PageError(f"{value!r} is not an integer: give flat lists of page numbers and slot counts")
-    return found
-
-
-def as_count(name: str, value: int, least: int = 0) -> int:
-    """`value` as an int of at least `least`.
-
-    Raises:
-        LengthError: it is smaller, or not an integer.
-    """
-    if type(value) is int and value >= least:
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise LengthError(f"{name} must be an integer of at least {least}, not {value!r}")
-    return int(value)
+    return values.tolist() if isinstance(values, np.ndarray) else list(values)
 
 
 def _unique(pages: PageArray) -> PageArray:

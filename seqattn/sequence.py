@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from seqattn.errors import LengthError
+from seqattn.errors import LengthError, PageError
 
 if TYPE_CHECKING:
     from seqattn.pages import PageArray, PageList
@@ -31,16 +31,19 @@ class SequenceData:
         last_page_len: tokens in the last page, at least 1; 0 if there is no page.
 
     Raises:
+        PageError: the page numbers are not a flat list of integers.
         LengthError: `last_page_len` does not fit the number of pages.
     """
 
     __slots__ = ("_buffer", "last_page_len", "num_pages")
 
     def __init__(self, kv_page_indices: PageList, last_page_len: int) -> None:
-        table = np.array(kv_page_indices, dtype=np.int32)
+        table = np.array(kv_page_indices)
+        if table.ndim != 1 or (table.size and table.dtype.kind not in "iu"):
+            raise PageError(f"page numbers must be a flat list of integers, not {kv_page_indices!r}")
         if (last_page_len >= 1) != (table.size > 0):
             raise LengthError(f"last_page_len {last_page_len} does not fit {table.size} pages: 0 is for no page")
-        self._buffer: PageArray = table.reshape(-1)
+        self._buffer: PageArray = table.astype(np.int32)
         self.num_pages = len(self._buffer)
         self.last_page_len = last_page_len
 

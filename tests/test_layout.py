@@ -19,6 +19,7 @@ from tests.sources import ROOT, parse, sources
 ORDER = [
     # seqattn
     "seqattn/errors.py",
+    "seqattn/counts.py",
     "seqattn/pages.py",
     "seqattn/indptr.py",
     "seqattn/packed.py",
@@ -158,7 +159,7 @@ def test_seqattn_knows_nothing_of_radix() -> None:
 
 
 def test_the_check_of_directions_sees_an_import_wherever_it_hides() -> None:
-    (wrong,) = upward("seqattn/pages.py", ORDER[::-1])
+    (wrong,) = upward("seqattn/counts.py", ORDER[::-1])
     assert wrong.endswith("imports seqattn/errors.py, which does not stand further up in ORDER")
     code = """if TYPE_CHECKING:
     import a

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 import torch
 
 from seqattn.attention.plan import BatchPlan, plan_batch
+from seqattn.counts import as_count
 from seqattn.errors import BadValueError, SeqAttnError, TensorError
-from seqattn.pages import as_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -144,6 +144,14 @@ def test_every_pin_follows() -> None:
     world.end()
 
 
+def test_a_pin_on_a_long_edge_follows_its_last_page_only() -> None:
+    # [1 1 2]2 3 is one edge, pinned; then [1 1 2 3] replaces page 3 by 1 and takes page 2 for its own 0.
+    world = live(2, 6, "start 1 [1,1,2,3,4] · start 0 [1,1,2] · finish 0 · pin 0 [1,1,2] · finish 1")
+    assert world.cached() == {(1, 1): 3, (1, 1, 2, 3): 1, (1, 1, 2, 3, 4): 2}
+    assert world.memory.ref_count.tolist() == [0, 2, 1, 2, 0, 0]
+    world.end()
+
+
 def test_on_the_same_page_only_the_key_grows() -> None:
     # Sequences 0 and 1 hold page 0; 0 is cut to [1 2 3] and finished, then 1 publishes all four tokens.
     world = live(4, 4, "start 0 [1,2,3,4] · fork 0 1 · truncate 0 3 · finish 0")

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from seqattn.counts import as_count
 from seqattn.errors import BadValueError, InvariantError, LengthError, NoPageError, PageError
-from seqattn.pages import PageAllocator, as_count, concatenate
+from seqattn.pages import PageAllocator, concatenate
 
 
 def state(pool: PageAllocator) -> tuple[object, ...]:
@@ -188,8 +189,8 @@ def test_a_page_given_back_more_often_than_it_is_held_is_refused() -> None:
     [
         ([0], [1], [0], LengthError, "0 slots cannot be copied: a page has 4"),
         ([0, 0], [1, 2], [4, 5], LengthError, "5 slots cannot be copied: a page has 4"),
-        ([0], [1], [1.5], BadValueError, "1.5 is not an integer"),
-        ([0.5], [1], [1], PageError, "0.5 is not an integer"),
+        ([0], [1], [1.5], BadValueError, "1.5 slots"),
+        ([0.5], [1], [1], PageError, "0.5 is not in use"),
         ([0], [1, 2], [1], LengthError, "1 source pages, 2 destinations and 1 slot counts differ"),
         ([0], [1], [1, 1], LengthError, "1 source pages, 1 destinations and 2 slot counts differ"),
         ([3], [1], [1], PageError, "page 3 is not in use"),
