@@ -33,10 +33,12 @@ def put(state: State, run: Running, num_tokens: int) -> Inserted:
     caller to settle: of the pages from `run.num_tree_pages` on, the first `num_known` are to be given back, the next,
     up to the length of `pages`, are the tree's now, and the rest are not.
     """
-    at = run.num_tree_pages
-    own: PageArray = run.table[at : -(-num_tokens // state.tree.page_size)]
+    at, page_size = run.num_tree_pages, state.tree.page_size
+    own: PageArray = run.table[at : -(-num_tokens // page_size)]
     sharers = _sharers(state, run, own)
-    done = state.tree.insert(run.key(num_tokens), own.tobytes(), run.namespace, under=run.node, num_above=at)
+    is_partial = run.node is not None and len(run.node.key) % state.tree.page_bytes
+    key = run.key(num_tokens, (at - 1 if is_partial else at) * page_size)
+    done = state.tree.insert(key, own.tobytes(), run.namespace, under=run.node)
     if done.replaced is not None:
         _replace(state, *done.replaced)
     for other in sharers:
@@ -127,9 +129,19 @@ def hand_over(state: State, run: Running, num_tokens: int) -> PageArray:
         The sequence's other pages, int32: its references to them are still to be given back.
     """
     at, table = run.num_tree_pages, run.table
-    done = put(state, run, num_tokens)
-    first, last = at + done.num_known, at + len(done.pages) // PAGE_ID_BYTES
-    if run.node is not None:
-        above = state.tree.join(done.node, run.node)
-        run.node = above if above.parent is not None else None
+    first, last = at, -(-num_tokens // state.tree.page_size)
+    if not _append(state, run, num_tokens, table[at:last]):
+        done = put(state, run, num_tokens)
+        first, last = at + done.num_known, at + len(done.pages) // PAGE_ID_BYTES
     return table[:first] if last == len(table) else np.concatenate((table[:first], table[last:]))
+
+
+def _append(state: State, run: Running, num_tokens: int, own: PageArray) -> bool:
+    """The most common end of a turn: the deepest node that the sequence holds is its alone, and grows."""
+    if run.node is None or not len(own) or state.manager.ref_count.item(own.item(0)) > 1:
+        return False
+    key = run.key(num_tokens, run.num_tree_pages * state.tree.page_size)
+    gone = state.tree.append(run.node, key, own.tobytes())
+    if gone:
+        state.manager.drop(np.frombuffer(gone, dtype=np.int32))
+    return gone is not None

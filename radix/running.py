@@ -96,12 +96,13 @@ class Running(SequenceData):
         """Token ids of the prompt and those added since."""
         return self.num_bytes // TOKEN_BYTES
 
-    def key(self, num_tokens: int) -> bytes:
-        """Its first tokens as a key; O(tokens), nothing for the whole prompt."""
-        size = num_tokens * TOKEN_BYTES
-        if size <= len(self.prompt):
-            return self.prompt[:size]
-        return b"".join((self.prompt, memoryview(self.tail)[: size - len(self.prompt)]))
+    def key(self, num_tokens: int, first: int = 0) -> bytes:
+        """Its tokens from `first` up to `num_tokens` as a key; O(what comes back)."""
+        begin, end, size = first * TOKEN_BYTES, num_tokens * TOKEN_BYTES, len(self.prompt)
+        if end <= size:
+            return self.prompt[begin:end]
+        tail = memoryview(self.tail)[max(0, begin - size) : end - size]
+        return b"".join((self.prompt[begin:], tail))
 
     def cut_tokens(self, num_tokens: int) -> None:
         """Forgets the tokens after the first `num_tokens`."""

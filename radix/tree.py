@@ -40,7 +40,7 @@ from seqattn.errors import BadValueError, TokenError
 
 __all__ = ["Inserted", "Kept", "Path", "RadixTree"]
 
-_JOINED_BYTES = 1 << 16
+_LONGEST_GROWN = 1 << 16
 _NOTHING_KEPT: Mapping[Node, int] = {}
 
 
@@ -234,31 +234,59 @@ class RadixTree:
 
     # -- insert -------------------------------------------------------------------------------------------------------
 
-    def insert(
-        self, key: bytes, pages: bytes, namespace: Hashable = None, *, under: Node | None = None, num_above: int = 0
-    ) -> Inserted:
+    def insert(self, key: bytes, pages: bytes, namespace: Hashable = None, *, under: Node | None = None) -> Inserted:
         """Adds what the tree does not have of a key, and stamps the key's whole path.
 
         Args:
-            key: all token ids of the prefix, as bytes of int32.
-            pages: page numbers of the tokens after the first `num_above` pages, as bytes of int32.
+            key: token ids as bytes of int32: all of the prefix, or what follows after `under`. If `under` ends in a
+                partly filled page, from the beginning of that page.
+            pages: page numbers of these tokens as bytes of int32, but for that partly filled page.
             namespace: whose root it goes under.
-            under: a node whose path is known to be the key's first `num_above` pages; None for the root.
-            num_above: pages from the root to the end of `under`.
+            under: a node whose path is known to come before the key; None for the root.
 
         Raises:
-            TokenError: an empty key.
+            TokenError: an empty key and no node to put it under.
 
-        Cost: linear in the tokens after `num_above` pages.
+        Cost: linear in the tokens of `key`.
         """
-        if not key:
+        if not key and under is None:
             raise TokenError("an empty prefix cannot be inserted: give at least one token")
         self.clock += 1
         node: Node = self._root(namespace) if under is None else under
-        at = num_above * self.page_bytes
-        if len(node.key) % self.page_bytes and at - self.page_bytes < len(key):
-            self._fill_last_page(node, key, at)
+        at = 0
+        if len(node.key) % self.page_bytes and key:
+            self._fill_last_page(node, key)
+            at = self.page_bytes
         return self._descend(node, key, at, pages)
+
+    def append(self, node: Node, key: bytes, pages: bytes) -> bytes | None:
+        """`insert` under a node that only the caller holds and is about to release: its edge grows in place, if it can.
+
+            node [a b c d] ──▶ leaf [e f]      key  e f g h i      ⟹      node [a b c d e f g h i]
+
+        Without it, a conversation would be a node deeper with each turn. All of it was used last just now, so nothing
+        is evicted sooner or later for it. Edges do not grow beyond `_LONGEST_GROWN` bytes, which bounds the cost.
+
+        Returns:
+            The pages that left the tree, as bytes of int32: that of a partly filled leaf, or none. None if the edge
+            cannot grow; nothing has changed then.
+        """
+        leaf, gone = node.children, b""
+        if node.num_holders != 1 or len(node.key) % self.page_bytes or len(node.key) + len(key) > _LONGEST_GROWN:
+            return None
+        if leaf is not None:
+            if not isinstance(leaf, Node) or leaf.num_holders or len(leaf.pages) != PAGE_ID_BYTES:
+                return None
+            if not len(leaf.key) < min(self.page_bytes, len(key)) or not key.startswith(leaf.key):
+                return None
+            gone = leaf.pages
+            self._count_pages(leaf, -1)
+            del self.idle[leaf]
+            node.children = None
+        node.key += key
+        node.pages += pages
+        self.num_pages += len(pages) // PAGE_ID_BYTES
+        return gone
 
     def _descend(self, node: Node, key: bytes, at: int, pages: bytes) -> Inserted:
         """Walks down what the tree knows of `key[at:]` and adds the rest; `pages` begin at byte `at` of the key."""
@@ -289,40 +317,6 @@ class RadixTree:
         self._stamp_from(node)
         return Inserted(node, pages, known // PAGE_ID_BYTES)
 
-    def join(self, leaf: Node, above: Node) -> Node:
-        """Joins an idle leaf with nodes above it that only the caller holds and that have no other child.
-
-            above ──[a b c d]──▶ node ──[e f g]──▶ leaf      ⟹      above ──[a b c d e f g]──▶ leaf
-
-        Without it, a conversation would be one node deeper with each turn. Both were used last just now, so nothing
-        is evicted sooner or later for it. Edges of up to `_JOINED_BYTES` are made, so the cost is bounded.
-
-        Args:
-            leaf: a node that was used just now.
-            above: the deepest node that the caller holds and is about to release.
-
-        Returns:
-            The deepest node that the caller still holds, perhaps the root.
-        """
-        parent = above.parent
-        while (
-            leaf.parent is above
-            and parent is not None
-            and above.children is leaf
-            and above.num_holders == 1
-            and not leaf.num_holders
-            and leaf.children is None
-            and len(above.key) + len(leaf.key) <= _JOINED_BYTES
-        ):
-            self.num_idle_pages += len(above.pages) // PAGE_ID_BYTES
-            leaf.key = above.key + leaf.key
-            leaf.pages = above.pages + leaf.pages
-            leaf.num_reuses = above.num_reuses
-            leaf.parent = parent
-            parent.replace(leaf, self.page_bytes)
-            above, parent = parent, parent.parent
-        return above
-
     def _extend_leaf(self, leaf: Node, key: bytes, at: int, pages: bytes, known: int) -> Inserted:
         """`key[at:]` begins with all of a leaf that ends in a partly filled page: the fuller page takes its place.
 
@@ -352,14 +346,11 @@ class RadixTree:
         self._stamp_from(node)
         return Inserted(node, pages, known // PAGE_ID_BYTES, (int.from_bytes(old_page, sys.byteorder), leaf))
 
-    def _fill_last_page(self, leaf: Node, key: bytes, end: int) -> None:
-        """The key has more tokens of the partly filled page that `leaf` ends in, on that same page: the key grows.
-
-        `end` is where that page ends in the key, in bytes.
-        """
-        start = end - leaf.num_pages * self.page_bytes
-        if len(key) - start > len(leaf.key):
-            self._rekey(leaf, key[start:end])
+    def _fill_last_page(self, leaf: Node, key: bytes) -> None:
+        """The key begins with all the tokens of the partly filled page that `leaf` ends in: so may the leaf's own."""
+        whole = (leaf.num_pages - 1) * self.page_bytes
+        if whole + len(key) > len(leaf.key):
+            self._rekey(leaf, leaf.key[:whole] + key[: self.page_bytes])
 
     def _rekey(self, node: Node, key: bytes) -> None:
         """Gives a node another key and files it anew if its first page has changed."""
