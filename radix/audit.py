@@ -77,6 +77,8 @@ def _check_running(state: State, seq_id: object, run: Running) -> None:
     if run.num_ids != run.num_tokens(page_size):
         _fail(state, "S1", f"sequence {seq_id!r} has {run.num_ids} token ids but pages for another number: {run!r}")
     pages = path_pages(run.node)
+    if (run.node is None) != (run.num_tree_pages == 0):
+        _fail(state, "C2", f"sequence {seq_id!r} has {run.num_tree_pages} tree pages but its node is {run.node!r}")
     if len(pages) != run.num_tree_pages or not np.array_equal(pages, run.table[: len(pages)]):
         _fail(state, "C2", f"sequence {seq_id!r} holds {run!r} but its path has pages {pages.tolist()}")
     tree_key, key = path_key(run.node), run.key(run.num_ids)

@@ -18,6 +18,7 @@ class Retries:
 
     def remember(self, seq_id: Hashable, namespace: Hashable, prompt: bytes) -> None:
         """A sequence was aborted; O(prompt)."""
+        self.aborted.pop(seq_id, None)
         if prompt:
             self.aborted[seq_id] = (namespace, len(prompt), hash(prompt))
         if len(self.aborted) > _MOST:

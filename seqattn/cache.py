@@ -150,16 +150,19 @@ class PagedKVCacheManager(PageAllocator):
 
         Raises:
             PageError: a page out of range or free, or written where it is also read or written.
-            LengthError: a number of slots outside [1, page_size], or lists of different lengths.
+            SharedPageError: a destination that others hold too.
+            LengthError: a number of slots that is not in [1, page_size], or lists of different lengths.
         """
         src, dst, slots = self.check_copy(src_pages, dst_pages, num_slots)
         if len(src) == 0:
             return
         offsets = self._on_device(np.arange(slots.sum()) - np.repeat(np.cumsum(slots) - slots, slots))
         src_index, dst_index = (self._on_device(np.repeat(pages, slots)) for pages in (src, dst))
-        for cache in (self.key_cache, self.value_cache):
-            by_slot = self._by_slot(cache)
-            by_slot[..., dst_index, offsets, :, :] = by_slot[..., src_index, offsets, :, :]
+        caches = [self._by_slot(cache) for cache in (self.key_cache, self.value_cache)]
+        # Both are read before either is written: what runs out of memory does so while nothing has changed.
+        copies = [cache[..., src_index, offsets, :, :] for cache in caches]
+        for cache, copy in zip(caches, copies, strict=True):
+            cache[..., dst_index, offsets, :, :] = copy
 
     def _check_append(
         self, keys: torch.Tensor, values: torch.Tensor, packed: FlashInferPackedData, append_indptr: torch.Tensor
