@@ -15,6 +15,7 @@ from attrs import define
 
 from radix.node import PAGE_ID_BYTES
 from radix.tokens import TOKEN_BYTES
+from radix.tree import pages_of
 from seqattn.errors import NoPageError, PromptTooLargeError
 
 if TYPE_CHECKING:
@@ -135,15 +136,17 @@ class Reserve:
         Raises:
             NoPageError: not enough even so; nothing has changed.
         """
-        available = self.manager.available_pages_count
-        if num_pages <= available:
-            return Reservation(self.manager.take(num_pages), num_pages, [])
-        victims, pages = self.find(num_pages - available, kept)
-        if len(pages) < num_pages - available:
-            raise NoPageError(num_pages, available + len(pages))
-        if available:
-            pages = np.concatenate((self.manager.take(available), pages))
-        return Reservation(pages, available, victims)
+        num_free = min(num_pages, self.manager.available_pages_count)
+        pages = np.empty(num_pages, dtype=np.int32)
+        victims: list[tuple[Node, int]] = []
+        if num_free < num_pages:
+            victims, named = self.find(num_pages - num_free, kept)
+            if len(named) < num_pages - num_free:
+                raise NoPageError(num_pages, num_free + len(named))
+            pages[num_free:] = named
+        if num_free:
+            self.manager.take_into(pages[:num_free])
+        return Reservation(pages, num_free, victims)
 
     def commit(self, reservation: Reservation) -> None:
         """Takes the victims out of the tree; the pages are the caller's now."""
@@ -169,8 +172,7 @@ class Reserve:
         if self.manager.num_outside_refs:
             kept = _HeldByHand(self.manager.ref_count, kept)
         victims = self.tree.victims(num_pages, kept)
-        named = b"".join([node.pages[-count * PAGE_ID_BYTES :] for node, count in victims])
-        return victims, np.frombuffer(named, dtype=np.int32)
+        return victims, np.frombuffer(pages_of(victims), np.int32)
 
     def num_reclaimable(self, kept: Mapping[Node, int] = NOTHING_KEPT) -> int:
         """Idle pages outside `kept`; O(kept), or O(idle nodes) while pages are held by hand."""
@@ -188,10 +190,11 @@ class Reserve:
             PromptTooLargeError: a sequence that needs more pages than there are.
             NoPageError: the plans need more pages than are free or can be evicted; nothing has changed.
         """
+        needed, most = 0, self.manager.num_pages
         for plan in plans:
-            if plan.num_pages > self.manager.num_pages:
-                raise PromptTooLargeError(plan.num_pages, self.manager.num_pages)
-        needed = sum([plan.num_new for plan in plans])
+            if plan.num_pages > most:
+                raise PromptTooLargeError(plan.num_pages, most)
+            needed += plan.num_pages - plan.num_shared
         missing = needed - self.manager.available_pages_count
         if missing <= 0:
             return NOTHING_KEPT
@@ -228,7 +231,8 @@ class Reserve:
         for node, count in victims:
             ages[(clock - node.stamp).bit_length()] += count
             reuses[node.num_reuses.bit_length()] += count
-        stats.num_evicted_pages += len(self.tree.trim(victims)) // PAGE_ID_BYTES
+            stats.num_evicted_pages += count
+        self.tree.trim(victims)
 
 
 def _set_tails(plans: list[Plan], tail_lens: list[int]) -> None:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
 from attrs import define
@@ -38,7 +38,7 @@ from radix.proof import check_tree
 from radix.tokens import TOKEN_BYTES, common_bytes
 from seqattn.errors import BadValueError, TokenError
 
-__all__ = ["Inserted", "Kept", "Path", "RadixTree"]
+__all__ = ["Inserted", "Kept", "Path", "RadixTree", "pages_of"]
 
 _LONGEST_GROWN = 1 << 16
 _NOTHING_KEPT: Mapping[Node, int] = {}
@@ -415,25 +415,22 @@ class RadixTree:
                 num_pages -= count
         return found
 
-    def trim(self, victims: Collection[tuple[Node, int]]) -> bytes:
-        """Takes the pages that `victims` named out of the tree; returns their numbers as bytes of int32, in that order.
+    def trim(self, victims: Collection[tuple[Node, int]]) -> None:
+        """Takes the pages that `victims` named out of the tree; `pages_of` says which.
 
-        Cost: O(pages), and O(log siblings) for each node that goes.
+        Cost: O(tokens that stay in the nodes that are cut), and O(log siblings) for each node that goes.
         """
-        gone = []
+        page_bytes = self.page_bytes
         for node, count in victims:
-            pages = node.pages
-            keep = len(pages) // PAGE_ID_BYTES - count
             self.num_pages -= count
             self.num_idle_pages -= count
+            pages = node.pages
+            keep = len(pages) // PAGE_ID_BYTES - count
             if keep:
-                gone.append(pages[keep * PAGE_ID_BYTES :])
                 node.pages = pages[: keep * PAGE_ID_BYTES]
-                node.key = node.key[: keep * self.page_bytes]
+                node.key = node.key[: keep * page_bytes]
             else:
-                gone.append(pages)
                 self._unlink(node)
-        return b"".join(gone)
 
     def _unlink(self, leaf: Node) -> None:
         parent: Node = leaf.parent  # type: ignore[assignment]  # never a root
@@ -455,6 +452,11 @@ class RadixTree:
             InvariantError: naming the invariant, with the tree drawn.
         """
         check_tree(self)
+
+
+def pages_of(victims: Iterable[tuple[Node, int]]) -> bytes:
+    """Page numbers of victims, as bytes of int32: a leaf's last pages first, then those above it."""
+    return b"".join([node.pages[-count * PAGE_ID_BYTES :] for node, count in victims])
 
 
 def _shorten(nodes: list[Node], limit: int, page_bytes: int) -> int:

@@ -144,10 +144,8 @@ class CacheDescriptor:
         if len(seq_ids) != len(seq_new_lens):
             raise LengthError(f"{len(seq_ids)} sequence ids but {len(seq_new_lens)} lengths")
         self.refuse_twice(seq_ids)
-        page_size, ref_count = (self.cache_manager.page_size, self.cache_manager.ref_count)
-        num_new_pages: list[int] = []
-        last_page_lens: list[int] = []
-        growth = Growth(seq_ids, num_new_pages, last_page_lens, [], [], [], 0)
+        page_size, ref_count = self.cache_manager.page_size, self.cache_manager.ref_count
+        growth = Growth(seq_ids, [], [], [], [], [], 0)
         for seq_id, new_len in zip(seq_ids, seq_new_lens, strict=True):
             if type(new_len) is not int or new_len < 1:
                 as_count(f"the length to add to sequence {seq_id!r}", new_len, 1)
@@ -158,9 +156,11 @@ class CacheDescriptor:
                 growth.copy_src.append(data.last_page)
                 growth.copy_slots.append(used)
             full, last = divmod(used + new_len - 1, page_size)
-            num_new_pages.append(full + (used == 0))
-            last_page_lens.append(last + 1)
-        growth.num_pages = sum(num_new_pages) + len(growth.copy_ids)
+            full += not used
+            growth.num_new_pages.append(full)
+            growth.last_page_lens.append(last + 1)
+            growth.num_pages += full
+        growth.num_pages += len(growth.copy_ids)
         return growth
 
     def copy_for(self, growth: Growth, pages: PageArray) -> None:

@@ -28,12 +28,11 @@ class FakeKV(PageAllocator):
         self.slots: list[list[Remembered | None]] = [[None] * page_size for _ in range(num_pages)]
         self.num_copies = 0
 
-    def take(self, num_pages: int) -> PageArray:
+    def take_into(self, pages: PageArray) -> None:
         """Hands out pages, blank."""
-        pages = super().take(num_pages)
+        super().take_into(pages)
         for page in pages.tolist():
             self.slots[page] = [None] * self.page_size
-        return pages
 
     def copy_page_slots(self, src_pages: PageList, dst_pages: PageList, num_slots: PageList) -> None:
         """Copies what the slots remember; only to pages that are held alone."""

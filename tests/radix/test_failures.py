@@ -30,9 +30,9 @@ class FlakyKV(FakeKV):
 
     fuse: int | None = None
 
-    def take(self, num_pages: int) -> PageArray:
+    def take_into(self, pages: PageArray) -> None:
         self.burn()
-        return super().take(num_pages)
+        super().take_into(pages)
 
     def copy_page_slots(self, src_pages: PageList, dst_pages: PageList, num_slots: PageList) -> None:
         self.burn()

@@ -165,12 +165,12 @@ def a_split_counts_a_holder_of_the_upper_half_twice(patch: pytest.MonkeyPatch) -
 def trimming_takes_the_head_of_an_edge(patch: pytest.MonkeyPatch) -> None:
     real = RadixTree.trim
 
-    def trim(self: RadixTree, victims: Any) -> bytes:  # noqa: ANN401
+    def trim(self: RadixTree, victims: Any) -> None:  # noqa: ANN401
         for node, count in victims:
             if count < node.num_pages:
                 pages = node.pages
                 node.pages = pages[count * PAGE_ID_BYTES :] + pages[: count * PAGE_ID_BYTES]
-        return real(self, victims)
+        real(self, victims)
 
     patch.setattr(RadixTree, "trim", trim)
 

@@ -10,7 +10,7 @@ import pytest
 
 from radix.node import Node
 from radix.tokens import as_key
-from radix.tree import Inserted, RadixTree
+from radix.tree import Inserted, RadixTree, pages_of
 from seqattn.errors import InvariantError, TokenError
 from tests.radix.lives import Tokens
 from tests.radix.state import entries, eviction_order
@@ -47,7 +47,9 @@ def matched(tree: RadixTree, tokens: list[int], limit: int | None = None) -> tup
 
 def victims(tree: RadixTree, num_pages: int) -> list[int]:
     """Trims so many pages; returns them."""
-    gone = np.frombuffer(tree.trim(tree.victims(num_pages)), dtype=np.int32).tolist()
+    victims = tree.victims(num_pages)
+    gone = np.frombuffer(pages_of(victims), dtype=np.int32).tolist()
+    tree.trim(victims)
     tree.check()
     return sorted(gone)
 
