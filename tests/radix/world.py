@@ -224,6 +224,7 @@ class World:
 
     def abort(self, seq_id: int) -> None:
         self.cache.abort(seq_id)
+        self.counts.aborted.pop(seq_id, None)
         if self.prompts[seq_id]:
             self.counts.aborted[seq_id] = (self.model.running[seq_id].namespace, self.prompts[seq_id])
         self.model.let_go(seq_id)
