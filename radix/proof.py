@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from radix.show import describe, draw
+from radix.show import MOST_LINES, describe, draw
 from radix.tokens import TOKEN_BYTES
 from seqattn.errors import InvariantError
 
@@ -28,7 +28,8 @@ def check_tree(tree: RadixTree) -> None:
         InvariantError: naming the invariant, with the tree drawn.
     """
     for namespace, root in tree.roots.items():
-        if root.children is None or root.namespace != namespace:
+        is_other = root.namespace is not namespace and root.namespace != namespace  # a NaN is only itself
+        if root.children is None or is_other:
             _fail(tree, "T2", f"the root of namespace {namespace!r} is empty or another's")
         _check_children(tree, root)
     nodes = list(tree)
@@ -43,7 +44,7 @@ def check_tree(tree: RadixTree) -> None:
 
 
 def _fail(tree: RadixTree, name: str, problem: str) -> None:
-    raise InvariantError(name, problem, draw(tree))
+    raise InvariantError(name, problem, draw(tree, most_lines=MOST_LINES))
 
 
 def _check_edge(tree: RadixTree, node: Node) -> None:

@@ -11,38 +11,50 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, TypeAlias
 
 from radix.tokens import token_ids
 
 if TYPE_CHECKING:
-    from radix.node import Node, Root
+    from radix.node import Node
     from radix.tree import RadixTree
 
-__all__ = ["draw", "draw_html"]
+__all__ = ["MOST_LINES", "draw", "draw_html"]
 
 Decode: TypeAlias = Callable[[list[int]], str]
+
+#: lines of the drawing in an error: enough to see what is there, where the whole tree would be megabytes
+MOST_LINES = 100
 
 _MOST = 8
 
 
-def draw(tree: RadixTree, *, decode: Decode | None = None) -> str:
-    """The whole tree as text, one edge a line, children in key order.
+def draw(tree: RadixTree, *, decode: Decode | None = None, most_lines: int | None = None) -> str:
+    """The tree as text, one edge a line, children in key order.
 
     Args:
         tree: what to draw.
         decode: turns token ids into text; None shows the ids.
+        most_lines: how many lines to draw; a last one says how many edges are left out. None for all.
     """
-    return "\n".join(line for root in tree.roots.values() for line in _lines(root, decode)) or "(empty)"
+    drawn = list(islice(_rows(tree), most_lines))
+    lines = [start if node is None else start + describe(node, decode) for start, node in drawn]
+    num_left = sum(1 for _ in tree) - sum(node is not None for _, node in drawn)
+    if num_left:
+        lines.append(f"… and {num_left:,} more edge{'s' * (num_left != 1)}")
+    return "\n".join(lines) or "(empty)"
 
 
-def _lines(root: Root, decode: Decode | None) -> Iterator[str]:
-    yield f"namespace {root.namespace!r}"
-    stack = _children(root, "")
-    while stack:
-        node, indent, is_last = stack.pop()
-        yield f"{indent}{'└── ' if is_last else '├── '}{describe(node, decode)}"
-        stack += _children(node, indent + ("    " if is_last else "│   "))
+def _rows(tree: RadixTree) -> Iterator[tuple[str, Node | None]]:
+    """How each line begins, and the node that it describes: none in the line of a namespace."""
+    for root in tree.roots.values():
+        yield f"namespace {root.namespace!r}", None
+        stack = _children(root, "")
+        while stack:
+            node, indent, is_last = stack.pop()
+            yield indent + ("└── " if is_last else "├── "), node
+            stack += _children(node, indent + ("    " if is_last else "│   "))
 
 
 def _children(node: Node, indent: str) -> list[tuple[Node, str, bool]]:

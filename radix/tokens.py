@@ -25,6 +25,8 @@ _LIMIT = 2**31
 _INT32 = np.dtype(np.int32)
 _HIGH_BYTE = TOKEN_BYTES - 1 if sys.byteorder == "little" else 0
 _STRIDED = 2048 * TOKEN_BYTES
+_FEW = 64
+_BOOLS = {bool, np.bool_}
 
 
 def as_key(tokens: Tokens) -> bytes:
@@ -56,16 +58,29 @@ def as_key(tokens: Tokens) -> bytes:
 def _as_array(tokens: Tokens) -> npt.NDArray[Any]:
     if isinstance(tokens, (str, bytes, bytearray)):
         raise TokenError(f"token ids must be integers, not {type(tokens).__name__}: encode the text first")
-    if hasattr(tokens, "detach"):  # a torch tensor, which may lie on another device
-        tokens = tokens.detach().cpu().numpy()
+    given: Any = tokens
     try:
-        return np.asarray(tokens)
-    except (ValueError, OverflowError, TypeError) as error:
+        # A torch tensor may lie on another device, or be a lazy view.
+        ids: npt.NDArray[Any] = np.asarray(given.numpy(force=True) if hasattr(given, "detach") else given)
+    except (ValueError, OverflowError, TypeError, NotImplementedError) as error:  # the last: a tensor without values
         raise TokenError(f"token ids must be a flat list of integers in [0, 2**31): {error}") from None
+    if isinstance(tokens, (list, tuple)) and ids.ndim == 1 and ids.dtype.kind in "iu":
+        _refuse_bools(tokens, ids)
+    return ids
+
+
+def _refuse_bools(tokens: Sequence[int], ids: npt.NDArray[Any]) -> None:
+    """A bool among integers has become 0 or 1: in a long list only those are looked at."""
+    suspects = tokens if len(tokens) < _FEW else [tokens[at] for at in np.flatnonzero(ids <= 1).tolist()]
+    if not _BOOLS.isdisjoint(map(type, suspects)):
+        at, value = next((at, bool(token)) for at, token in enumerate(tokens) if type(token) in _BOOLS)
+        raise TokenError(f"token id {value} at position {at} is not an integer in [0, 2**31)")
 
 
 def _bad_token(ids: npt.NDArray[Any]) -> TokenError:
     """The error that names the first id that is not a token."""
+    if ids.ndim == 0:
+        return TokenError(f"token ids must be a flat list, not the single value {ids.item()!r}: put it into a list")
     if ids.ndim != 1:
         return TokenError(f"token ids must be a flat list, not an array of shape {ids.shape}")
     for position, value in enumerate(ids.tolist()):
@@ -78,6 +93,10 @@ def one_token(token: int | np.integer[Any]) -> bytes:
     """The key of a single token id; raises TokenError like `as_key`."""
     if type(token) is int and 0 <= token < _LIMIT:
         return token.to_bytes(TOKEN_BYTES, sys.byteorder)
+    # Callers without type checks pass arrays of one value, which numpy would take for the value.
+    given: object = token
+    if not isinstance(given, (int, np.integer)):
+        raise TokenError(f"a token id must be an integer in [0, 2**31), not {given!r}")
     return as_key([token])
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from attrs import define
 
-from seqattn.counts import as_count
+from seqattn.counts import as_count, positive
 from seqattn.errors import BadValueError, LengthError, PageError, SharedPageError, TensorError
 from seqattn.indptr import to_numpy, validate_last
 from seqattn.packed import FlashInferPackedData
@@ -76,9 +76,9 @@ class PagedKVCacheManager(PageAllocator):
         num_layers: int = 1,
     ) -> None:
         super().__init__(num_pages, page_size)
-        self.num_heads = as_count("num_heads", num_heads, 1)
-        self.head_dim = as_count("head_dim", head_dim, 1)
-        self.num_layers = as_count("num_layers", num_layers, 1)
+        self.num_heads = positive("num_heads", num_heads)
+        self.head_dim = positive("head_dim", head_dim)
+        self.num_layers = positive("num_layers", num_layers)
         self.dtype = _storable(dtype)
         self.kv_layout = kv_layout
         if kv_layout not in ("NHD", "HND"):
@@ -185,6 +185,9 @@ class PagedKVCacheManager(PageAllocator):
         given: object = tensor
         if not isinstance(given, torch.Tensor):
             raise TensorError(f"{name} must be a tensor, not {type(given).__name__}")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            seen = "nested" if tensor.is_nested else tensor.layout
+            raise TensorError(f"{name} is a {seen} tensor: make it dense first")
         if tensor.ndim != 3 or tensor.shape[1:] != (self.num_heads, self.head_dim):
             raise TensorError(f"{name} has shape {list(tensor.shape)}, not [n, {self.num_heads}, {self.head_dim}]")
         if tensor.dtype != self.dtype:
@@ -210,8 +213,10 @@ class PagedKVCacheManager(PageAllocator):
     ) -> None:
         """Writes checked rows; what a kernel for one device would take over."""
         pages, offsets = self._on_device(tail.pages), self._on_device(tail.offsets)
-        for new, cache in zip(rows, caches, strict=True):
-            self._by_slot(cache)[pages, offsets] = as_bits(new.detach())
+        # The bytes of both are there before either is written. Lazy conjugates and negatives have none of their own.
+        bits = [as_bits(new.detach().resolve_conj().resolve_neg()) for new in rows]
+        for new, cache in zip(bits, caches, strict=True):
+            self._by_slot(cache)[pages, offsets] = new
 
     def _by_slot(self, cache: torch.Tensor) -> torch.Tensor:
         """The bytes of a cache tensor with axes [..., page, slot, head, element], whatever its layout; a view."""
@@ -286,6 +291,7 @@ def _storable(dtype: torch.dtype) -> torch.dtype:
 
 def _device(device: torch.device | str | int) -> torch.device:
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise BadValueError(f"{device!r} is not a device: {error}") from error
+        return torch.empty(0, device=torch.device(device)).device
+    # torch has a class of its own for every way in which a device can be absent
+    except (RuntimeError, TypeError, ValueError, AssertionError, ImportError) as error:
+        raise BadValueError(f"{device!r} is not a device, or none that this torch can use: {error}") from error

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
 from attrs import define, field
 
+from seqattn.counts import is_int, positive
 from seqattn.errors import BadValueError
 
 __all__ = ["HeadIDGenerator"]
 
 
-def _integer(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise BadValueError(f"{name} must be an integer, not {value!r}")
-    return int(value)
-
-
-def _positive(value: object) -> int:
-    if (number := _integer("num_kv_heads", value)) < 1:
-        raise BadValueError(f"num_kv_heads must be at least 1, not {value!r}")
-    return number
+def _num_kv_heads(value: int) -> int:
+    return positive("num_kv_heads", value)
 
 
 @define(slots=True, frozen=True)
@@ -39,7 +31,7 @@ class HeadIDGenerator:
         BadValueError: a number of heads below 1, or not an integer.
     """
 
-    num_kv_heads: int = field(converter=_positive)
+    num_kv_heads: int = field(converter=_num_kv_heads)
 
     def get_head_id(self, seq_id: int, head_idx: int) -> int:
         """The id of head `head_idx`, in [0, num_kv_heads), of sequence `seq_id`; O(1).
@@ -47,7 +39,8 @@ class HeadIDGenerator:
         Raises:
             BadValueError: an index out of that range, or an argument that is not an integer.
         """
-        head = _integer("head_idx", head_idx)
-        if not 0 <= head < self.num_kv_heads:
-            raise BadValueError(f"head_idx {head_idx!r} is not in [0, {self.num_kv_heads})")
-        return _integer("seq_id", seq_id) * self.num_kv_heads + head
+        if not is_int(seq_id):
+            raise BadValueError(f"seq_id must be an integer, not {seq_id!r}: number the sequences")
+        if not is_int(head_idx) or not 0 <= head_idx < self.num_kv_heads:
+            raise BadValueError(f"head_idx must be an integer in [0, {self.num_kv_heads}), not {head_idx!r}")
+        return int(seq_id) * self.num_kv_heads + int(head_idx)

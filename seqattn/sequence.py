@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from seqattn.counts import is_int
 from seqattn.errors import LengthError, PageError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from seqattn.pages import PageArray, PageList
 
 __all__ = ["SequenceData"]
 
 _MIN_CAPACITY = 8
+_LAST_PAGE = 2**31 - 1
 
 
 class SequenceData:
@@ -31,21 +35,21 @@ class SequenceData:
         last_page_len: tokens in the last page, at least 1; 0 if there is no page.
 
     Raises:
-        PageError: the page numbers are not a flat list of integers.
-        LengthError: `last_page_len` does not fit the number of pages.
+        PageError: the page numbers are not a flat list of integers in [0, 2**31).
+        LengthError: `last_page_len` is not an integer, or does not fit the number of pages.
     """
 
     __slots__ = ("_buffer", "last_page_len", "num_pages")
 
     def __init__(self, kv_page_indices: PageList, last_page_len: int) -> None:
-        table = np.array(kv_page_indices)
-        if table.ndim != 1 or (table.size and table.dtype.kind not in "iu"):
-            raise PageError(f"page numbers must be a flat list of integers, not {kv_page_indices!r}")
-        if (last_page_len >= 1) != (table.size > 0):
-            raise LengthError(f"last_page_len {last_page_len} does not fit {table.size} pages: 0 is for no page")
-        self._buffer: PageArray = table.astype(np.int32)
-        self.num_pages = len(self._buffer)
-        self.last_page_len = last_page_len
+        table = _as_table(kv_page_indices)
+        num_pages = len(table)
+        if not is_int(last_page_len) or last_page_len < 0 or (last_page_len > 0) != (num_pages > 0):
+            wanted = "an integer of at least 1" if num_pages else "0"
+            raise LengthError(f"last_page_len {last_page_len!r} does not fit {num_pages} pages: it must be {wanted}")
+        self._buffer: PageArray = table
+        self.num_pages = num_pages
+        self.last_page_len = int(last_page_len)
 
     @property
     def last_page(self) -> int:
@@ -96,3 +100,17 @@ class SequenceData:
     def __repr__(self) -> str:
         """In the form of its constructor."""
         return f"SequenceData(kv_page_indices={self.kv_page_indices}, last_page_len={self.last_page_len})"
+
+
+def _as_table(page_indices: PageList) -> PageArray:
+    """Page numbers as a new int32 array; raises PageError."""
+    try:
+        table: npt.NDArray[Any] = np.asarray(page_indices)
+    except (ValueError, OverflowError, TypeError, RuntimeError) as error:  # the last two: some tensors
+        raise PageError(f"page numbers must be a flat list of integers, not {page_indices!r}: {error}") from None
+    if table.ndim != 1 or (table.size and table.dtype.kind not in "iu"):
+        raise PageError(f"page numbers must be a flat list of integers, not {page_indices!r}")
+    if table.size and (table.min() < 0 or (table.dtype != np.int32 and table.max() > _LAST_PAGE)):
+        page = next(page for page in table.tolist() if not 0 <= page <= _LAST_PAGE)
+        raise PageError(f"page {page} is not in [0, 2**31): page numbers are kept as int32")
+    return table.astype(np.int32)

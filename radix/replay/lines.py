@@ -125,7 +125,9 @@ def _open(name: str) -> BufferedIOBase:
 
 def _parse(name: str, line: int, text: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(text)
+        fields = json.loads(text.decode("utf-8-sig"))  # json itself would guess UTF-16 or UTF-32 from the first bytes
+    except UnicodeDecodeError as error:
+        raise TraceError(name, line, f"not UTF-8 ({error.reason}): {_shown(text.strip())}") from error
     except (ValueError, RecursionError) as error:
         raise TraceError(name, line, f"not JSON ({error}): {_shown(text.strip())}") from error
     if not isinstance(fields, dict):

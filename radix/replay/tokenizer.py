@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from radix.replay.readers import Encode
-from seqattn.errors import BadValueError, MissingExtraError
+from seqattn.errors import BadValueError, MissingExtraError, SeqAttnError
 
 __all__ = ["load_tokenizer"]
 
@@ -17,6 +17,7 @@ def load_tokenizer(name: str) -> Encode:
     Raises:
         MissingExtraError: tiktoken is not installed.
         BadValueError: tiktoken knows no such encoding.
+        SeqAttnError: it cannot be loaded: the download fails, or is not what was published.
     """
     try:
         import tiktoken
@@ -25,4 +26,10 @@ def load_tokenizer(name: str) -> Encode:
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
         raise BadValueError(f"tiktoken knows no encoding {name!r}: use one of {known}")
-    return tiktoken.get_encoding(name).encode_ordinary
+    try:
+        return tiktoken.get_encoding(name).encode_ordinary
+    # Requests' errors are OSErrors; a wrong checksum is a ValueError.
+    except (OSError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        advice = "check the connection, or put the file into TIKTOKEN_CACHE_DIR"
+        raise SeqAttnError(f"the encoding {name!r} cannot be loaded: {advice} ({reason})") from error

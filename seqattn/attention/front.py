@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 import torch
 
 from seqattn.attention.plan import BatchPlan, plan_batch
-from seqattn.counts import as_count
+from seqattn.cache import PagedKVCacheManager
+from seqattn.counts import positive
 from seqattn.errors import BadValueError, SeqAttnError, TensorError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from seqattn.cache import PagedKVCacheManager
     from seqattn.packed import FlashInferHybridData, FlashInferPackedData
 
 __all__ = ["PagedAttention"]
@@ -61,8 +61,9 @@ class PagedAttention:
         logits_soft_cap: scores become `cap * tanh(score / cap)`; None for no cap.
 
     Raises:
-        LengthError: a number of heads that does not fit.
-        BadValueError: an unknown backend, or a scale or cap that is not a positive number.
+        TensorError: `manager` has no KV memory.
+        BadValueError: a number of heads that does not fit, an unknown backend, or a scale or cap that is not a positive
+            number.
     """
 
     def __init__(
@@ -74,8 +75,12 @@ class PagedAttention:
         sm_scale: float | None = None,
         logits_soft_cap: float | None = None,
     ) -> None:
+        # Callers without type checks pass the allocator of a simulation.
+        given: object = manager
+        if not isinstance(given, PagedKVCacheManager):
+            raise TensorError(f"attention needs the KV memory of a PagedKVCacheManager, not {type(given).__name__}")
         self.manager = manager
-        self.num_qo_heads = as_count("num_qo_heads", num_qo_heads, 1)
+        self.num_qo_heads = positive("num_qo_heads", num_qo_heads)
         if self.num_qo_heads % manager.num_heads:
             raise BadValueError(f"num_qo_heads {num_qo_heads} is no multiple of the cache's {manager.num_heads} heads")
         scale = 1 / math.sqrt(manager.head_dim) if sm_scale is None else _positive("sm_scale", sm_scale)

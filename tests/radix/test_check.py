@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from sortedcontainers import SortedDict
 
 from radix.cache import PrefixCache
 from radix.node import Node
@@ -13,7 +14,7 @@ from seqattn.descriptor import SequenceData
 from seqattn.errors import InvariantError
 from tests.radix.world import live
 
-#: Tree: [1 1]0 ── [2 2]1 ── [3]2, idle but for [1 1]; [9]5, pinned. Sequence 1: [1 1 7], sequence 2: [8 8 8].
+#: Tree: [1 1]0 ── [2 2 3]1 2, idle but for [1 1]; [9]6, pinned. Sequence 1: [1 1 7] on 0 3, sequence 2: [8 8 8] on 4 5.
 LIFE = "start 0 [1,1,2,2,3] · finish 0 · start 1 [1,1,7] · start 2 [8,8,8] · start 0 [9] · finish 0 · pin 0 [9]"
 
 
@@ -57,6 +58,34 @@ def make_idle(cache: PrefixCache) -> None:
     node.stamp = cache.tree.clock + 1
 
 
+def leave_tree(cache: PrefixCache) -> None:
+    """Sequence 1 holds a node that looks like [1 1]; that one is idle."""
+    make_idle(cache)
+    real = node_of(cache, 0)
+    cache.state.running[1].node = Node(real.key, real.pages, real.parent)
+
+
+def reach_into_idle(cache: PrefixCache) -> None:
+    """Sequence 2 has an idle page of the tree among its own; the counts follow."""
+    cache.state.running[2].table[0] = 1
+    hold(cache, 1)
+    drop(cache, 4)
+
+
+def put_in_container(cache: PrefixCache) -> None:
+    """The only child of [1 1] is filed as if there were several."""
+    child = node_of(cache, 1)
+    node_of(cache, 0).children = SortedDict({child.key[: cache.tree.page_bytes]: child})
+
+
+def put_before_child(cache: PrefixCache) -> None:
+    """[1 1] is idle and next in the queue, before its child of the same stamp."""
+    cache.abort(1)
+    child = node_of(cache, 1)
+    child.stamp = node_of(cache, 0).stamp
+    cache.tree.idle.move_to_end(child)
+
+
 def hold_more(cache: PrefixCache) -> None:
     """A node claims a holder that there is not."""
     node_of(cache, 0).num_holders += 1
@@ -71,6 +100,7 @@ def other_tokens(cache: PrefixCache) -> None:
     run.prompt = b"\7" * len(run.prompt)
 
 
+#: what is spoiled, how the message begins, and how it is done
 SPOILS: dict[str, tuple[str, Callable[[PrefixCache], object]]] = {
     "a reference too few": ("P3", lambda c: drop(c, 0)),
     "a reference too many": ("P3", lambda c: hold(c, 0)),
@@ -89,6 +119,10 @@ SPOILS: dict[str, tuple[str, Callable[[PrefixCache], object]]] = {
     "a pin that is not known": ("P3", lose_pin),
     "a pin on another node": ("C2", lambda c: setattr(next(iter(c.state.pins)), "node", node_of(c, 0))),
     "a node that is held and idle": ("C2", make_idle),
+    "a node outside the tree that is held": ("C2: a node that is held is not in the tree", leave_tree),
+    "an idle page in a table": ("C1: pages [1] of an idle node have other holders", reach_into_idle),
+    "an only child in a container": ("T2: an only child lies in a container", put_in_container),
+    "a parent before its child": ("T6: a node stands before its child in the queue", put_before_child),
     "a node in the queue of no tree": ("T6", lambda c: c.tree.idle.update({Node(b"", b"", None): None})),
 }
 
@@ -97,12 +131,13 @@ SPOILS: dict[str, tuple[str, Callable[[PrefixCache], object]]] = {
 def test_check_names_the_invariant_that_does_not_hold(name: str) -> None:
     cache = live(2, 9, LIFE).cache
     cache.check()
-    invariant, spoil = SPOILS[name]
+    message, spoil = SPOILS[name]
     spoil(cache)
     with pytest.raises(InvariantError) as error:
         cache.check()
+    invariant, _, problem = message.partition(": ")
     assert error.value.name == invariant
-    assert str(error.value).startswith(f"{invariant}: ")
+    assert str(error.value).startswith(f"{invariant}: {problem}")
 
 
 def test_check_knows_pages_held_by_hand_only_if_it_is_told() -> None:
@@ -120,3 +155,16 @@ def test_check_changes_nothing() -> None:
     before = [(id(node), node.stamp, node.key) for node in world.cache.tree]
     world.cache.check()
     assert [(id(node), node.stamp, node.key) for node in world.cache.tree] == before
+
+
+def test_a_namespace_that_does_not_equal_itself_is_sound() -> None:
+    cache, nan = live(2, 9, "start 0 [1,1,2] · finish 0").cache, float("nan")
+    cache.start(1, [1, 1, 3], namespace=nan)
+    cache.finish(1)
+    cache.check()
+    assert cache.match([1, 1, 2], namespace=nan).num_tokens == 2
+    with cache.pin([1, 1], namespace=nan):
+        assert cache.evict(9) == 3
+        cache.check()
+    assert cache.evict(9) == 1
+    assert not cache.tree.roots

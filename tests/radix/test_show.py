@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+import pytest
+
 import radix
-from radix.show import draw, draw_html
+from radix.show import MOST_LINES, draw, draw_html
+from radix.tokens import as_key
 from radix.tree import RadixTree
+from seqattn.errors import InvariantError
 from tests.radix.world import live
 
 LIFE = "start 0 [5,6,7,8] · finish 0 · start 1 [5,6,9] in b · finish 1 · start 2 [5,6,1,2,3,4,5,6,7,8,9,9,9] · finish 2"
@@ -26,6 +31,27 @@ def test_the_tree_is_drawn_one_edge_a_line() -> None:
 
 def test_an_empty_tree_says_so() -> None:
     assert draw(RadixTree(4)) == "(empty)"
+
+
+def test_a_drawing_may_be_cut_and_counts_what_is_left_out() -> None:
+    tree = live(2, 12, LIFE + " · start 3 [5,6,7,8,1]").cache.tree
+    lines = draw(tree).splitlines()
+    assert len(lines) == 6, "two namespaces and four edges"
+    for most, rest in ((0, 4), (1, 4), (2, 3), (3, 2), (4, 1), (5, 1)):
+        more = f"… and {rest} more edge{'s' * (rest > 1)}"
+        assert draw(tree, most_lines=most).splitlines() == [*lines[:most], more]
+    assert draw(tree, most_lines=6) == draw(tree, most_lines=99) == draw(tree)
+
+
+def test_an_error_about_a_large_tree_is_short() -> None:
+    tree = RadixTree(1)
+    for token in range(2000):
+        tree.insert(as_key([token]), np.array([token], dtype=np.int32).tobytes())
+    tree.num_pages += 1
+    with pytest.raises(InvariantError, match="T6") as error:
+        tree.check()
+    assert str(error.value).endswith(f"… and {2001 - MOST_LINES:,} more edges")
+    assert len(str(error.value)) < 100 * MOST_LINES
 
 
 def test_tokens_may_be_shown_as_text() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from radix.tokens import as_key, common_bytes, one_token, token_ids
+from seqattn.errors import TokenError
 from tests.radix.tables import common_prefix
 
 
@@ -26,6 +29,50 @@ def test_every_integer_type_gives_the_same_key(dtype: type) -> None:
 def test_one_token_is_a_key_of_one() -> None:
     for token in (0, 7, 2**31 - 1, np.int64(5)):
         assert one_token(token) == as_key([int(token)])
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        torch.ones(2, dtype=torch.bfloat16),
+        torch.ones(2).to(torch.float8_e4m3fn),
+        torch.ones(2, dtype=torch.int32, device="meta"),
+        torch.ones(2, dtype=torch.int32).to_sparse(),
+        torch.ones(2).to_mkldnn(),
+        torch.ones(2, dtype=torch.complex64).conj(),
+    ],
+    ids=["bfloat16", "float8", "meta", "sparse", "mkldnn", "conjugate"],
+)
+def test_a_tensor_without_readable_integers_is_refused(tokens: torch.Tensor) -> None:
+    with pytest.raises(TokenError, match="token id"):
+        as_key(tokens)
+
+
+def test_a_lazily_negated_tensor_is_read_like_any_other() -> None:
+    assert as_key(torch._neg_view(torch.tensor([-3, -4]))) == as_key([3, 4])
+
+
+@pytest.mark.parametrize("tokens", [[1, True], (0, False), [5, 1, 0, np.True_], [True], [*range(99), True]])
+def test_a_bool_among_integers_is_refused_at_its_position(tokens: list[int]) -> None:
+    with pytest.raises(TokenError, match=rf"(True|False) at position {len(tokens) - 1} is not an integer"):
+        as_key(tokens)
+
+
+def test_zeros_and_ones_in_a_list_are_tokens() -> None:
+    assert token_ids(as_key([0, 1, np.int8(1), 2])).tolist() == [0, 1, 1, 2]
+    assert token_ids(as_key([0, 1, 2] * 99)).tolist() == [0, 1, 2] * 99
+
+
+@pytest.mark.parametrize("value", [5, np.array(5), torch.tensor(5), np.int64(5)], ids=repr)
+def test_a_single_value_is_no_list_of_tokens(value: Any) -> None:  # noqa: ANN401  anything may be passed
+    with pytest.raises(TokenError, match="must be a flat list, not the single value 5"):
+        as_key(value)
+
+
+@pytest.mark.parametrize("value", [np.array(5), torch.tensor(5), np.array([5]), 5.0, "5", None], ids=repr)
+def test_one_token_is_an_integer_and_nothing_like_one(value: Any) -> None:  # noqa: ANN401  as above
+    with pytest.raises(TokenError, match=r"a token id must be an integer in \[0, 2\*\*31\), not "):
+        one_token(value)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 127, 128, 129, 1000, 16384, 16385, 40000])

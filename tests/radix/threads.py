@@ -46,7 +46,7 @@ class Chatter:
         """One call, drawn."""
         self.num_calls += 1
         names = ["start", "start_many", "look", "evict"] if len(self.tokens) < 3 else ["look"]
-        names += ["extend", "publish", "finish", "abort", "fork", "truncate"] if self.tokens else []
+        names += ["extend", "publish", "finish", "abort", "fork", "truncate", "pack"] if self.tokens else []
         with suppress(NoPageError):
             getattr(self, self.rng.choice(names))()
 
@@ -99,16 +99,26 @@ class Chatter:
         del self.tokens[seq_id][length:]
 
     def look(self) -> None:
-        """Reads, pins and packs."""
+        """Reads and pins."""
         prompt, rng = self.prompt(), self.rng
         assert self.cache.match(prompt).num_tokens <= len(prompt)
         self.cache.can_start(prompt)
-        self.cache.pack_for_flashinfer(list(self.tokens))
+        assert 0 <= self.cache.num_reclaimable_pages <= self.cache.manager.num_pages
+        assert self.cache.show().startswith(("namespace None", "(empty)"))
         if rng.random() < 0.5 and len(self.pins) < 2:
             self.pins.append(self.cache.pin(prompt))
             self.pins[-1].__enter__()
         elif self.pins:
             self.pins.pop(rng.randrange(len(self.pins))).__exit__(None, None, None)
+
+    def pack(self) -> None:
+        """Both forms of a batch have its lengths, which no other thread changes."""
+        seq_ids = self.rng.sample(list(self.tokens), k=self.rng.randint(0, len(self.tokens)))
+        num_tokens = [len(self.tokens[seq_id]) for seq_id in seq_ids]
+        plain = self.cache.pack_for_flashinfer(seq_ids)
+        assert plain.num_tokens(self.memory.page_size).tolist() == num_tokens
+        hybrid = self.cache.pack_hybrid_for_flashinfer(seq_ids, num_tokens=num_tokens)
+        assert sorted(hybrid.order.tolist()) == list(range(len(seq_ids)))
 
     def evict(self) -> None:
         self.cache.evict(self.rng.randint(0, 2))

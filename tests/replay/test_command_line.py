@@ -92,6 +92,24 @@ def test_a_bad_trace_is_one_line_on_stderr_and_exit_code_2(
     assert captured.err.splitlines()[-1].startswith(f"error: {bad}, line 1: the field 'timestamp' is missing")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
+def test_a_trace_that_is_not_utf_8_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output, encoding: str
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes('{"timestamp": 0, "session_id": "a", "input": "ä", "output": ""}\n'.encode(encoding))
+    assert run(monkeypatch, "replay", bad, "--json") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {bad}, line 1: not UTF-8 (invalid ")
+
+
+def test_a_trace_may_begin_with_a_byte_order_mark(
+    text_trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    text_trace.write_bytes(b"\xef\xbb\xbf" + text_trace.read_bytes())
+    assert run(monkeypatch, "replay", text_trace, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["requests"] == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -147,6 +165,33 @@ def test_a_tokenizer_that_is_not_installed_names_what_to_install(
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     assert run(monkeypatch, "replay", text_trace, "--tokenizer", "cl100k_base") == 2
     assert "tiktoken is not installed: pip install 'seqattn[cli]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (ConnectionError("no route\n  to host"), "(ConnectionError: no route to host)"),
+        (ValueError("hash mismatch"), "(ValueError: hash mismatch)"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_downloaded_is_one_line_with_the_reason(
+    text_trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output, failure: Exception, reason: str
+) -> None:
+    def fail(name: str) -> None:
+        raise failure
+
+    tiktoken = _tiktoken_with("far")
+    vars(tiktoken)["get_encoding"] = fail
+    monkeypatch.setitem(sys.modules, "tiktoken", tiktoken)
+    assert run(monkeypatch, "replay", text_trace, "--tokenizer", "far") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert line.startswith("error: the encoding 'far' cannot be loaded: ")
+    assert line.endswith(reason)
+
+
+def test_what_the_download_library_raises_is_among_the_errors_that_are_caught() -> None:
+    requests = pytest.importorskip("requests", reason="what tiktoken downloads with: pip install tiktoken")
+    assert issubclass(requests.exceptions.RequestException, OSError)
 
 
 def test_a_tokenizer_for_hashes_is_refused(trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:

@@ -13,6 +13,7 @@ from seqattn.cache import PagedKVCacheManager
 from seqattn.errors import BadValueError, LengthError, PageError, SeqAttnError, TensorError
 from seqattn.hybrid import pack_hybrid
 from seqattn.packed import FlashInferHybridData, FlashInferPackedData, HybridLevel
+from seqattn.pages import PageAllocator
 from tests.seqattn.truth import Batch, batch_of, int32, pack
 
 SMALL = batch_of([[0, 1, 2], [0, 1, 3], [4]], [2, 4, 3], 4, [1, 3, 2])
@@ -32,7 +33,8 @@ MANAGER = PagedKVCacheManager(8, 4, 2, 4, torch.float32, "cpu", num_layers=2)
     ("options", "error", "message"),
     [
         ({"num_qo_heads": 3}, BadValueError, "num_qo_heads 3 is no multiple of the cache's 2 heads"),
-        ({"num_qo_heads": 0}, LengthError, "num_qo_heads must be an integer of at least 1, not 0"),
+        ({"manager": PageAllocator(8, 4)}, TensorError, "the KV memory of a PagedKVCacheManager, not PageAllocator"),
+        ({"num_qo_heads": 0}, BadValueError, "num_qo_heads must be an integer of at least 1, not 0"),
         ({"backend": "flashinfer"}, BadValueError, "'flashinfer' is not available in this version: use .* 'torch'"),
         ({"backend": "triton"}, BadValueError, "'triton' is not available"),
         ({"sm_scale": 0}, BadValueError, "sm_scale must be a positive number, not 0"),
@@ -43,7 +45,7 @@ MANAGER = PagedKVCacheManager(8, 4, 2, 4, torch.float32, "cpu", num_layers=2)
 )
 def test_impossible_settings_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        PagedAttention(MANAGER, **{"num_qo_heads": 4, **options})
+        PagedAttention(**{"manager": MANAGER, "num_qo_heads": 4, **options})
 
 
 def test_auto_is_a_backend_by_name() -> None:

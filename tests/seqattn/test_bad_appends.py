@@ -29,6 +29,7 @@ def two(**changes: list[int]) -> FlashInferPackedData:
     return FlashInferPackedData.trusted(*(int32(*values) for values in {**TWO, **changes}.values()))
 
 
+NESTED = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(1, 4)], layout=torch.jagged)
 HYBRID = FlashInferHybridData(
     (HybridLevel(int32(0, 1, 2), int32(0, 2, 3), int32(0, 1, 2), int32(1, 3)),), torch.arange(2)
 )
@@ -42,6 +43,10 @@ HYBRID = FlashInferHybridData(
         ({"keys": rows(4).half()}, TensorError, "keys has dtype torch.float16 but the cache holds torch.float32"),
         ({"values": rows(4).to("meta")}, TensorError, "values is on meta but the cache on cpu"),
         ({"keys": rows(4).tolist()}, TensorError, "keys must be a tensor, not list"),
+        ({"keys": rows(4).to_sparse()}, TensorError, r"keys is a torch\.sparse_coo tensor: make it dense first"),
+        ({"values": rows(4).to_sparse()}, TensorError, r"values is a torch\.sparse_coo tensor"),
+        ({"values": rows(4).to_mkldnn()}, TensorError, r"values is a torch\._mkldnn tensor"),
+        ({"values": NESTED}, TensorError, "values is a nested tensor: make it dense first"),
         ({"values": rows(5)}, LengthError, "4 keys and 5 values, but append_indptr_cpu ends at 4"),
         ({"packed": HYBRID}, TensorError, "append_kv needs plain FlashInferPackedData, not FlashInferHybridData"),
         ({"packed": two(kv_last_page_len=[5, 3])}, LengthError, r"kv_last_page_len\[0\] is 5 .* in \[1, 4\]"),

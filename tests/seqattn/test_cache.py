@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqattn.cache import PagedKVCacheManager
-from seqattn.errors import BadValueError, LengthError, TensorError
+from seqattn.errors import BadValueError, TensorError
 from seqattn.packed import FlashInferPackedData
 from tests.seqattn.truth import int32, slot
 
@@ -102,9 +102,9 @@ def test_a_device_may_be_a_number() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"num_heads": 0}, LengthError, "num_heads must be an integer of at least 1, not 0"),
-        ({"head_dim": -1}, LengthError, "head_dim .* not -1"),
-        ({"num_layers": 1.5}, LengthError, r"num_layers .* not 1\.5"),
+        ({"num_heads": 0}, BadValueError, "num_heads must be an integer of at least 1, not 0"),
+        ({"head_dim": -1}, BadValueError, "head_dim .* not -1"),
+        ({"num_layers": 1.5}, BadValueError, r"num_layers .* not 1\.5"),
         ({"num_pages": 0}, BadValueError, "num_pages .* not 0"),
         ({"page_size": 0}, BadValueError, "page_size .* not 0"),
         ({"kv_layout": "DNH"}, BadValueError, "kv_layout must be 'NHD' or 'HND', not 'DNH'"),
@@ -118,8 +118,15 @@ def test_a_cache_of_impossible_size_or_type_is_refused(
     changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     sizes = {"num_pages": 8, "page_size": 4, "num_heads": 2, "head_dim": 4, "dtype": torch.float16, "device": "cpu"}
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         PagedKVCacheManager(**{**sizes, **changes})
+    assert raised.type is error, "the same kind of error for every size"
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:100", 99])
+def test_a_device_that_is_not_there_is_refused_by_its_name(device: str | int) -> None:
+    with pytest.raises(BadValueError, match=f"{device!r} is not a device, or none that this torch can use"):
+        PagedKVCacheManager(2, 4, 1, 1, torch.float16, device)
 
 
 @pytest.mark.filterwarnings("ignore:.*quantized.*")
@@ -222,6 +229,18 @@ def test_rows_may_be_strided_and_may_need_gradients() -> None:
     assert not manager.key_cache.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.complex128], ids=str)
+def test_rows_may_be_lazily_negated_or_conjugated(dtype: torch.dtype) -> None:
+    manager = cache(dtype=dtype)
+    manager.allocate(2)
+    keys, values = torch._neg_view(rows(4, 1, dtype)), rows(4, 2, dtype)
+    if dtype.is_complex:
+        values = (values * (1 + 2j)).conj()
+    manager.append_kv(keys, values, one_sequence([1], 4), int32(0, 4))
+    assert torch.equal(manager.key_cache[1], -rows(4, 1, dtype))
+    assert torch.equal(manager.value_cache[1], values)
+
+
 def test_appending_nothing_to_nobody_is_legal() -> None:
     manager = cache()
     manager.append_kv(rows(0), rows(0), FlashInferPackedData(int32(), int32(0), int32()), int32(0))
@@ -261,3 +280,24 @@ def test_a_bad_copy_is_refused_and_writes_nothing() -> None:
         with pytest.raises(BadValueError):
             manager.copy_page_slots(src, dst, num_slots)
     assert manager.key_cache.sum() == manager.key_cache[0].numel()
+
+
+class TornTensor(torch.Tensor):
+    """Memory that cannot be read, as when there is no room for what would be read."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor:  # noqa: ANN401  whatever tensors take
+        raise MemoryError(f"no room for {index}")
+
+
+def test_a_copy_that_cannot_read_the_values_has_written_no_keys() -> None:
+    manager = cache(kv_layout="HND", num_layers=2)
+    manager.allocate(2)
+    manager.key_cache.copy_(torch.arange(manager.key_cache.numel()).view_as(manager.key_cache))
+    keys, values = manager.key_cache.clone(), manager.value_cache
+    manager.value_cache = values.as_subclass(TornTensor)
+    with pytest.raises(MemoryError, match="no room"):
+        manager.copy_page_slots([0], [1], [3])
+    assert same(manager.key_cache, keys)
+    manager.value_cache = values
+    manager.copy_page_slots([0], [1], [3])
+    assert same(manager.key_cache[:, 1, :, :3], keys[:, 0, :, :3])
