@@ -40,7 +40,7 @@ from seqattn.errors import BadValueError, TokenError
 
 __all__ = ["Inserted", "Kept", "Path", "RadixTree", "pages_of"]
 
-_LONGEST_GROWN = 1 << 16
+_LONGEST_GROWN = _LONGEST_CUT = 1 << 16
 _NOTHING_KEPT: Mapping[Node, int] = {}
 
 
@@ -418,12 +418,14 @@ class RadixTree:
     def trim(self, victims: Collection[tuple[Node, int]]) -> None:
         """Takes the pages that `victims` named out of the tree; `pages_of` says which.
 
-        Cost: O(tokens that stay in the nodes that are cut), and O(log siblings) for each node that goes.
+        Cost: O(pages), amortised, and O(log siblings) for each node that goes.
         """
         page_bytes = self.page_bytes
         for node, count in victims:
             self.num_pages -= count
             self.num_idle_pages -= count
+            if len(node.key) > _LONGEST_CUT:
+                self._halve(node, count)
             pages = node.pages
             keep = len(pages) // PAGE_ID_BYTES - count
             if keep:
@@ -431,6 +433,16 @@ class RadixTree:
                 node.key = node.key[: keep * page_bytes]
             else:
                 self._unlink(node)
+
+    def _halve(self, leaf: Node, count: int) -> None:
+        """Splits a long leaf that loses its last `count` pages: else taking it page by page would be quadratic.
+
+        The upper half goes right behind the leaf in the queue, which is where it belongs if the leaf is at the front.
+        """
+        while len(leaf.key) > _LONGEST_CUT and 2 * count < leaf.num_pages and next(iter(self.idle)) is leaf:
+            upper = self._split(leaf, leaf.num_pages // 2)
+            self.idle.move_to_end(upper, last=False)
+            self.idle.move_to_end(leaf, last=False)
 
     def _unlink(self, leaf: Node) -> None:
         parent: Node = leaf.parent  # type: ignore[assignment]  # never a root
