@@ -109,6 +109,12 @@ def _replace(state: State, old_page: int, leaf: Node) -> None:
 def publish(state: State, run: Running, num_tokens: int) -> None:
     """Puts the first `num_tokens` tokens, full pages, in the tree; the sequence goes on and holds what it held."""
     at = run.num_tree_pages
+    own = run.table[at : num_tokens // state.tree.page_size]
+    if _append(state, run, num_tokens, own):
+        state.manager.hold(own)
+        state.tree.stamp(run.node)  # type: ignore[arg-type]  # there was a node to append to
+        run.num_tree_pages += len(own)
+        return
     done = put(state, run, num_tokens)
     pages, known = np.frombuffer(done.pages, dtype=np.int32), done.num_known
     own = run.table[at : at + len(pages)]
@@ -137,7 +143,7 @@ def hand_over(state: State, run: Running, num_tokens: int) -> PageArray:
 
 
 def _append(state: State, run: Running, num_tokens: int, own: PageArray) -> bool:
-    """The most common end of a turn: the deepest node that the sequence holds is its alone, and grows."""
+    """The most common case: the deepest node that the sequence holds is its alone, and grows in place."""
     if run.node is None or not len(own) or state.manager.ref_count.item(own.item(0)) > 1:
         return False
     key = run.key(num_tokens, run.num_tree_pages * state.tree.page_size)

@@ -11,7 +11,7 @@ from radix.proof import path_key, path_pages
 from radix.running import Running
 from radix.show import describe, draw
 from seqattn.errors import InvariantError
-from seqattn.pages import concatenate
+from seqattn.page_lists import concatenate
 
 if TYPE_CHECKING:
     from radix.node import Node
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
 __all__ = ["check_cache"]
 
 
-def check_cache(state: State, outside: PageList = ()) -> None:
+def check_cache(state: State, outside: PageList | None = None) -> None:
     """Recomputes P1 to P3, S1, S2, T1 to T6 and C1 to C3; O(pages + tree).
 
     Args:
         state: what to check.
-        outside: pages held by hand, one entry for each reference. Counts must be equal to the known references if they
-            are given or if the allocator knows of none; otherwise they must be at least as large.
+        outside: pages held by others than this cache, one entry for each reference: the counts must be equal to what
+            is known then. None: equal, unless the allocator knows of pages held by hand; at least as large then.
 
     Raises:
         InvariantError: naming the invariant, with the tree drawn.
     """
     state.tree.check()
     state.descriptor.check()
-    by_hand = state.manager.as_pages(outside)
     tree_pages = concatenate(node.page_ids for node in state.tree)
-    known = [state.descriptor.held_pages(), tree_pages, concatenate(pin.pages for pin in state.pins), by_hand]
-    exact = bool(len(by_hand)) or not state.manager.num_outside_refs
+    by_others = state.manager.as_pages(() if outside is None else outside)
+    known = [state.descriptor.held_pages(), tree_pages, concatenate(pin.pages for pin in state.pins), by_others]
+    exact = outside is not None or not state.manager.num_outside_refs
     state.manager.check(concatenate(known), exact=exact)
     _check_holders(state)
-    _check_idle(state, tree_pages, by_hand)
-    _check_sum(state, tree_pages)
+    _check_idle(state, tree_pages)
+    _check_sum(state, tree_pages, by_others if exact else None)
 
 
 def _check_holders(state: State) -> None:
@@ -87,32 +87,28 @@ def _check_running(state: State, seq_id: object, run: Running) -> None:
         _fail(state, "C2", f"sequence {seq_id!r} holds a path with other tokens than its own")
 
 
-def _check_idle(state: State, tree_pages: PageArray, by_hand: PageArray) -> None:
-    """C1, and with it that evicting everything frees exactly the idle pages."""
+def _check_idle(state: State, tree_pages: PageArray) -> None:
+    """C1: with P3, that evicting everything frees exactly the idle pages."""
     counts = state.manager.ref_count
     if len(tree_pages) and counts[tree_pages].min() < 1:
         page = int(tree_pages[counts[tree_pages].argmin()])
         _fail(state, "C1", f"page {page} is in the tree but free")
     for node in state.tree:
-        pages = node.page_ids
-        if node.num_holders and counts[pages].min() < 2:
+        if node.num_holders and counts[node.page_ids].min() < 2:
             _fail(state, "C1", f"only the tree holds a page of a node that is held: {describe(node)}")
-        held = pages[counts[pages] > 1] if not node.num_holders else pages[:0]
-        if len(held) and not state.manager.num_outside_refs and not np.isin(held, by_hand).all():
-            _fail(state, "C1", f"pages {held.tolist()} of an idle node have other holders: {describe(node)}")
 
 
-def _check_sum(state: State, tree_pages: PageArray) -> None:
-    """C3: every page is in exactly one of four places."""
+def _check_sum(state: State, tree_pages: PageArray, by_others: PageArray | None) -> None:
+    """C3: every page is free, or in the tree, or a sequence's, or held by others only (None: whoever they are)."""
     manager = state.manager
-    in_tree, by_sequences = np.zeros((2, manager.num_pages), dtype=bool)
+    in_tree, by_sequences, elsewhere = np.zeros((3, manager.num_pages), dtype=bool)
     in_tree[tree_pages] = True
     by_sequences[state.descriptor.held_pages()] = True
-    held = np.flatnonzero(by_sequences & ~in_tree)
-    elsewhere = np.flatnonzero((manager.ref_count > 0) & ~by_sequences & ~in_tree)
-    total = manager.available_pages_count + len(held) + len(elsewhere) + len(tree_pages)
-    if total != manager.num_pages or (len(elsewhere) and not manager.num_outside_refs):
-        kinds = f"{len(held)} of sequences, {len(elsewhere)} of nobody known, {len(tree_pages)} in the tree"
+    elsewhere[by_others if by_others is not None else np.flatnonzero(manager.ref_count)] = True
+    held, rest = by_sequences & ~in_tree, elsewhere & ~by_sequences & ~in_tree
+    total = manager.available_pages_count + int(held.sum()) + int(rest.sum()) + len(tree_pages)
+    if total != manager.num_pages:
+        kinds = f"{held.sum()} of sequences only, {rest.sum()} of others only, {len(tree_pages)} in the tree"
         _fail(state, "C3", f"{manager.available_pages_count} free, {kinds}: {manager.num_pages} pages in all")
 
 

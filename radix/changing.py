@@ -55,7 +55,7 @@ def fork_one(state: State, run: Running, seq_id: Hashable, new_seq_id: Hashable)
     reserve.commit(reservation)
     table = descriptor.fork_table(seq_id, reservation.pages)
     new = Running(table, len(table), run.last_page_len, run.namespace, run.prompt)
-    new.tail, new.is_detached = run.tail[:], run.is_detached
+    new.tail, new.request, new.is_detached = run.tail[:], None, run.is_detached
     if run.node is not None:
         new.num_tree_pages = min(run.num_tree_pages, len(table) - len(reservation.pages))
     if run.node is not None and new.num_tree_pages:

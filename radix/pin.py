@@ -48,8 +48,8 @@ class Pinned:
         """Gives the references back; a use of what was pinned."""
         cache = self._cache
         with cache.lock:
-            pin = self._pins.pop()
-            if pin.node is not None:
+            pin = self._pins.pop() if self._pins else None
+            if pin is not None and pin.node is not None:
                 cache.state.pins.remove(pin)
                 cache.manager.drop(pin.pages)
                 cache.tree.release(pin.node)

@@ -7,7 +7,7 @@ So whatever fails between, `cancel` leaves everything as it was.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "Reservation", "Reserve"]
 
 NOTHING_KEPT: Mapping[Node, int] = {}
+_SHORT_PATH = 8
 
 
 @define(slots=True, eq=False)
@@ -62,20 +63,22 @@ class Plan:
         """The page that the tail is copied from."""
         return int(np.frombuffer(self.path.pages, np.int32, 1, self.num_shared * PAGE_ID_BYTES)[0])
 
-    def keep(self, kept: dict[Node, int]) -> None:
-        """Adds to `kept` how many pages of each node must not be evicted: those shared, and the tail's source."""
-        nodes = self.path.nodes
-        end = self.path.num_pages
-        wanted = self.num_shared + (self.tail_len > 0)
-        for node in reversed(nodes):
+    def keep_shared(self, kept: dict[Node, int]) -> None:
+        """Adds to `kept` how many pages of each node are shared and must not be evicted."""
+        end, wanted = self.path.num_pages, self.num_shared
+        for node in reversed(self.path.nodes):
             start = end - node.num_pages
             if wanted > start:
                 kept[node] = max(kept.get(node, 0), min(wanted, end) - start)
             end = start
 
+    def pages_to_source(self) -> int:
+        """Pages of the path's last node up to the one that the tail is copied from, which lies in it."""
+        return self.num_shared + 1 - self.path.num_pages + self.path.nodes[-1].num_pages
+
 
 class _KeptBy:
-    """What one plan keeps, found when asked: a walk over victims asks for few nodes."""
+    """What one plan keeps of a short path, found when asked: a walk over victims asks for few nodes."""
 
     __slots__ = ("plan",)
 
@@ -83,11 +86,15 @@ class _KeptBy:
         self.plan = plan
 
     def get(self, node: Node, default: Literal[0], /) -> int:
-        if node not in self.plan.path.nodes:
-            return default
-        kept: dict[Node, int] = {}
-        self.plan.keep(kept)
-        return kept.get(node, default)
+        return _kept_by(self.plan).get(node, default) if node in self.plan.path.nodes else default
+
+
+def _kept_by(plan: Plan) -> dict[Node, int]:
+    kept: dict[Node, int] = {}
+    plan.keep_shared(kept)
+    if plan.tail_len:
+        kept[plan.path.nodes[-1]] = plan.pages_to_source()
+    return kept
 
 
 class _HeldByHand:
@@ -169,19 +176,22 @@ class Reserve:
 
         Pages that are held by hand are in use: they and those above them stay.
         """
-        if self.manager.num_outside_refs:
+        if self.manager.was_referenced_by_hand:
             kept = _HeldByHand(self.manager.ref_count, kept)
         victims = self.tree.victims(num_pages, kept)
         return victims, np.frombuffer(pages_of(victims), np.int32)
 
-    def num_reclaimable(self, kept: Mapping[Node, int] = NOTHING_KEPT) -> int:
-        """Idle pages outside `kept`; O(kept), or O(idle nodes) while pages are held by hand."""
-        if self.manager.num_outside_refs:
-            return len(self.find(self.tree.num_idle_pages, kept)[1])
+    def num_reclaimable(self, kept: Mapping[Node, int] = NOTHING_KEPT, *, most: int | None = None) -> int:
+        """Idle pages outside `kept`, or `most` if there are more.
+
+        O(kept), but O(nodes of those pages) once pages were referenced by hand: only a look at them tells then.
+        """
+        if self.manager.was_referenced_by_hand:
+            return len(self.find(self.tree.num_idle_pages if most is None else most, kept)[1])
         return self.tree.num_idle_pages - sum([count for node, count in kept.items() if not node.num_holders])
 
     def fit(self, plans: list[Plan]) -> Kept:
-        """Makes plans fit: gives up tails, last plan first, where that frees the source page, which is missing.
+        """Makes plans fit: gives up tails, last plans first, where the page they are copied from is missing.
 
         Returns:
             What must be kept of each node while evicting.
@@ -189,6 +199,8 @@ class Reserve:
         Raises:
             PromptTooLargeError: a sequence that needs more pages than there are.
             NoPageError: the plans need more pages than are free or can be evicted; nothing has changed.
+
+        Cost: O(plans) if pages are free or many are idle, else O(nodes of their paths).
         """
         needed, most = 0, self.manager.num_pages
         for plan in plans:
@@ -198,30 +210,30 @@ class Reserve:
         missing = needed - self.manager.available_pages_count
         if missing <= 0:
             return NOTHING_KEPT
-        if len(plans) == 1 and not self.manager.num_outside_refs:
+        if len(plans) == 1 and not self.manager.was_referenced_by_hand:
             plan = plans[0]
             if missing <= self.tree.num_idle_pages - plan.path.num_pages:
-                return _KeptBy(plan)
+                return _KeptBy(plan) if len(plan.path.nodes) <= _SHORT_PATH else _kept_by(plan)
         return self._fit_tightly(plans, needed, missing)
 
-    def _fit_tightly(self, plans: list[Plan], needed: int, missing: int) -> Kept:
-        """`fit` when it is close: counts exactly what is kept."""
-        kept = _kept(plans)
-        short = missing - self.num_reclaimable(kept)
-        for plan in reversed(plans):
-            if short <= 0:
-                return kept
+    def _fit_tightly(self, plans: list[Plan], needed: int, missing: int) -> dict[Node, int]:
+        """`fit` when it is close: counts exactly what is kept, tails in the order of the plans."""
+        kept: dict[Node, int] = {}
+        for plan in plans:
+            plan.keep_shared(kept)
+        spare = self.num_reclaimable(kept, most=missing + len(plans)) - missing
+        if spare < 0:
+            raise NoPageError(needed, needed + spare)
+        for plan in plans:
             if plan.tail_len:
-                same = [p for p in plans if p.tail_len and p.source == plan.source]
-                tail_lens = [p.tail_len for p in same]
-                _set_tails(same, [0] * len(same))
-                kept = _kept(plans)
-                short_without = missing - self.num_reclaimable(kept)
-                if short_without == short:
-                    _set_tails(same, tail_lens)
-                short = short_without
-        if short > 0:
-            raise NoPageError(needed, needed - short)
+                last, count = plan.path.nodes[-1], plan.pages_to_source()
+                is_idle = not last.num_holders and self.manager.ref_count[plan.source] == 1
+                cost = max(0, count - kept.get(last, 0)) if is_idle else 0
+                if cost > spare:
+                    plan.tail_len = 0
+                    continue
+                spare -= cost
+                kept[last] = max(count, kept.get(last, 0))
         return kept
 
     def _evict(self, victims: list[tuple[Node, int]]) -> None:
@@ -233,18 +245,6 @@ class Reserve:
             reuses[node.num_reuses.bit_length()] += count
             stats.num_evicted_pages += count
         self.tree.trim(victims)
-
-
-def _set_tails(plans: list[Plan], tail_lens: list[int]) -> None:
-    for plan, tail_len in zip(plans, tail_lens, strict=True):
-        plan.tail_len = tail_len
-
-
-def _kept(plans: Iterable[Plan]) -> dict[Node, int]:
-    kept: dict[Node, int] = {}
-    for plan in plans:
-        plan.keep(kept)
-    return kept
 
 
 def plan_start(

@@ -16,10 +16,10 @@ class Retries:
     def __init__(self) -> None:
         self.aborted: OrderedDict[Hashable, tuple[Hashable, int, int]] = OrderedDict()
 
-    def remember(self, seq_id: Hashable, namespace: Hashable, prompt: bytes) -> None:
-        """A sequence was aborted; O(prompt)."""
+    def remember(self, seq_id: Hashable, namespace: Hashable, prompt: bytes | None) -> None:
+        """A sequence was aborted that was started with this prompt, None if it was a fork; O(prompt)."""
         self.aborted.pop(seq_id, None)
-        if prompt:
+        if prompt is not None:
             self.aborted[seq_id] = (namespace, len(prompt), hash(prompt))
         if len(self.aborted) > _MOST:
             self.aborted.popitem(last=False)
@@ -27,6 +27,7 @@ class Retries:
     def is_retry(self, seq_id: Hashable, namespace: Hashable, prompt: bytes) -> bool:
         """Whether this id was aborted with a prompt of that namespace that this one begins with; forgets the id."""
         found = self.aborted.pop(seq_id, None)
-        if found is None or found[0] != namespace or len(prompt) < found[1]:
+        if found is None or len(prompt) < found[1]:
             return False
-        return hash(prompt[: found[1]]) == found[2]
+        same_namespace = found[0] is namespace or found[0] == namespace  # a NaN equals nothing, but is itself
+        return same_namespace and hash(prompt[: found[1]]) == found[2]

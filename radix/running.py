@@ -68,10 +68,11 @@ class Running(SequenceData):
         tail: the tokens added since.
         node: the deepest node whose pages it holds; None if it holds none.
         num_tree_pages: its leading pages that are the tree's: where `node` ends.
+        request: the prompt as it was given, whatever was cut since; None for a fork, which is no request of its own.
         is_detached: started before a `clear`: it publishes nothing.
     """
 
-    __slots__ = ("is_detached", "namespace", "node", "num_tree_pages", "prompt", "tail")
+    __slots__ = ("is_detached", "namespace", "node", "num_tree_pages", "prompt", "request", "tail")
 
     def __init__(
         self, table: PageArray, num_pages: int, last_page_len: int, namespace: Hashable, prompt: bytes
@@ -81,6 +82,7 @@ class Running(SequenceData):
         self.last_page_len = last_page_len
         self.namespace = namespace
         self.prompt = prompt
+        self.request: bytes | None = prompt
         self.tail = bytearray()
         self.node: Node | None = None
         self.num_tree_pages = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attrs import Factory, define
+from attrs import Factory, define, evolve
 
 __all__ = ["CacheStats"]
 
@@ -11,7 +11,7 @@ _BUCKETS = 64
 
 @define(slots=True)
 class CacheStats:
-    """What a `PrefixCache` has done so far. Plain numbers: read them, or copy the object to compare later.
+    """What a `PrefixCache` has done so far. Plain numbers: read them, or take a `snapshot` to compare later.
 
     A request that is started again after `abort` (preemption) with a prompt that begins with the aborted one counts
     once, with what it hit the first time.
@@ -48,3 +48,7 @@ class CacheStats:
     def hit_rate(self) -> float:
         """Hit tokens by query tokens; 0 before the first request."""
         return self.num_hit_tokens / self.num_query_tokens if self.num_query_tokens else 0.0
+
+    def snapshot(self) -> CacheStats:
+        """A copy that stays as it is."""
+        return evolve(self, evicted_ages=self.evicted_ages[:], evicted_reuses=self.evicted_reuses[:])

@@ -260,12 +260,13 @@ class RadixTree:
         return self._descend(node, key, at, pages)
 
     def append(self, node: Node, key: bytes, pages: bytes) -> bytes | None:
-        """`insert` under a node that only the caller holds and is about to release: its edge grows in place, if it can.
+        """`insert` under a node that only the caller holds: its edge grows in place, if it can.
 
             node [a b c d] ──▶ leaf [e f]      key  e f g h i      ⟹      node [a b c d e f g h i]
 
-        Without it, a conversation would be a node deeper with each turn. All of it was used last just now, so nothing
-        is evicted sooner or later for it. Edges do not grow beyond `_LONGEST_GROWN` bytes, which bounds the cost.
+        Without it, a conversation would be a node deeper with each turn or chunk. Whoever holds the node uses all of
+        it now, so nothing is evicted sooner or later for it; the caller stamps the path. Edges do not grow beyond
+        `_LONGEST_GROWN` bytes, which bounds the cost.
 
         Returns:
             The pages that left the tree, as bytes of int32: that of a partly filled leaf, or none. None if the edge

@@ -29,7 +29,8 @@ from seqattn.errors import (
     PageError,
     UnknownSequenceError,
 )
-from seqattn.pages import PageAllocator, concatenate, has_twice
+from seqattn.page_lists import concatenate, has_twice
+from seqattn.pages import PageAllocator
 from seqattn.sequence import SequenceData
 
 if TYPE_CHECKING:
@@ -211,8 +212,7 @@ class CacheDescriptor:
     def pages_to_fork(self, seq_id: Hashable, new_seq_id: Hashable) -> int:
         """How many pages `fork` takes: 1 if the last page is partly filled, else 0. Raises what `fork` raises."""
         data = self.data_of(seq_id)
-        if new_seq_id in self.seq_id_to_data:
-            raise DuplicateSequenceError(new_seq_id)
+        self.refuse_running(new_seq_id)
         return int(0 < data.last_page_len < self.page_size)
 
     def copy_tail(self, seq_id: Hashable, pages: PageArray) -> None:
@@ -241,8 +241,7 @@ class CacheDescriptor:
             DuplicateSequenceError, LengthError, PageError: as above; nothing changes and the caller keeps its
                 references.
         """
-        if seq_id in self.seq_id_to_data:
-            raise DuplicateSequenceError(seq_id)
+        self.refuse_running(seq_id)
         table = self.cache_manager.as_pages(pages)
         num_tokens = as_count("num_tokens", num_tokens)
         needed = -(-num_tokens // self.page_size)
@@ -253,6 +252,7 @@ class CacheDescriptor:
         if len(table) and not self.cache_manager.ref_count[table].all():
             page = int(table[self.cache_manager.ref_count[table].argmin()])
             raise PageError(f"page {page} is free and cannot be attached: allocate or ref it first")
+        self.cache_manager.refuse_more_than_held(table)
         self.cache_manager.num_outside_refs -= len(table)
         self.seq_id_to_data[seq_id] = SequenceData(table, num_tokens - (needed - 1) * self.page_size if needed else 0)
         self.tables_version += 1
@@ -338,10 +338,11 @@ class CacheDescriptor:
             last = (lens - 1) % self.page_size + (lens > 0)
             last[lens == 0] = 0
             return FlashInferPackedData.trusted(indices, indptr, torch.from_numpy(last.astype(np.int32)))
+        seq_ids = list(seq_ids)
         found = [self.data_of(seq_id) for seq_id in seq_ids]
         pack = self._last_pack
-        if pack is None or pack.version != self.tables_version or pack.seq_ids != list(seq_ids):
-            pack = _LastPack(self.tables_version, list(seq_ids), *_flatten([data.table for data in found]))
+        if pack is None or pack.version != self.tables_version or pack.seq_ids != seq_ids:
+            pack = _LastPack(self.tables_version, seq_ids, *_flatten([data.table for data in found]))
             self._last_pack = pack
         last_lens = torch.tensor([data.last_page_len for data in found], dtype=torch.int32)
         return FlashInferPackedData.trusted(pack.indices, pack.indptr, last_lens)
@@ -406,6 +407,15 @@ class CacheDescriptor:
     def held_pages(self) -> PageArray:
         """Every page that a sequence holds, int32, once for each sequence that holds it."""
         return concatenate(data.table for data in self.seq_id_to_data.values())
+
+    def refuse_running(self, seq_id: Hashable) -> None:
+        """Raises DuplicateSequenceError if the id is in use, BadValueError if it cannot be an id."""
+        try:
+            running = seq_id in self.seq_id_to_data
+        except TypeError as error:
+            raise BadValueError(f"a sequence id must be hashable, not {seq_id!r}: {error}") from None
+        if running:
+            raise DuplicateSequenceError(seq_id)
 
     def refuse_twice(self, seq_ids: Sequence[Hashable]) -> None:
         """Raises DuplicateSequenceError if an id is named twice, BadValueError if one cannot be an id."""

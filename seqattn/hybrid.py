@@ -30,7 +30,7 @@ from seqattn.errors import BadValueError, InvariantError, LengthError
 from seqattn.forest import Run, build_forest
 from seqattn.indptr import to_numpy
 from seqattn.packed import FlashInferHybridData, HybridLevel
-from seqattn.pages import concatenate
+from seqattn.page_lists import concatenate
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -16,7 +16,7 @@ Invariants (`check()`):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from seqattn.counts import as_count, is_int, positive
 from seqattn.errors import InvariantError, LengthError, NoPageError, PageError, SharedPageError
+from seqattn.page_lists import unique
 
 if TYPE_CHECKING:
     PageArray: TypeAlias = npt.NDArray[np.int32]
@@ -57,8 +58,10 @@ class PageAllocator:
         self._stack: npt.NDArray[np.intp] = np.arange(self.num_pages - 1, -1, -1, dtype=np.intp)
         #: number of free pages
         self.available_pages_count = self.num_pages
-        #: references held by hand: through `allocate` and `ref`, less `unref` and what a descriptor took over.
+        #: references held by hand: through `allocate` and `ref`, less `unref` and what a descriptor took over
         self.num_outside_refs = 0
+        #: whether `ref` was ever called: only then may a page have a holder that its other holders do not know of
+        self.was_referenced_by_hand = False
 
     @property
     def free_pages(self) -> PageArray:
@@ -99,16 +102,40 @@ class PageAllocator:
         if len(pages) and counts.min() == 0:
             page = int(pages[counts.argmin()])
             raise PageError(f"page {page} is free and cannot be referenced: allocate it first")
-        np.add.at(self.ref_count, pages, np.int32(1))
+        np.add.at(self.ref_count, pages, _ONE)
         self.num_outside_refs += len(pages)
+        self.was_referenced_by_hand = True
 
     def unref(self, page_indices: PageList) -> None:
         """Gives back one reference per entry; pages that nobody holds any more become free.
 
         Raises:
-            PageError: a page out of range, or named more often than it is referenced; no count changes.
+            PageError: a page out of range, or named more often than it is referenced, or more references than are held
+                by hand (those of sequences end with `release`); no count changes.
         """
-        self.num_outside_refs -= self.release_refs(page_indices)
+        pages = self.as_pages(page_indices)
+        if len(pages) > self.num_outside_refs:
+            self._refuse_too_many(pages)
+            self.refuse_more_than_held(pages)
+        self.num_outside_refs -= self.release_refs(pages)
+
+    def refuse_more_than_held(self, pages: PageArray) -> None:
+        """Raises PageError if fewer references are held by hand than these pages would take."""
+        if len(pages) > self.num_outside_refs:
+            raise PageError(
+                f"references to pages {pages.tolist()} are not the caller's to give: {self.num_outside_refs} are held "
+                "by hand (allocate or ref them first; those of sequences end with release, finish or abort)"
+            )
+
+    def _refuse_too_many(self, pages: PageArray) -> None:
+        """Raises PageError if a page is named more often than it is referenced."""
+        named = np.bincount(pages, minlength=self.num_pages)
+        over = np.flatnonzero(named > self.ref_count)
+        if len(over):
+            page = int(over[0])
+            raise PageError(
+                f"page {page} has {self.ref_count[page]} references but {named[page]} were given back: released twice?"
+            )
 
     def release_pages(self, page_indices: PageList) -> None:
         """The same as `unref`; seqattn 0.0.2 had both names."""
@@ -117,15 +144,13 @@ class PageAllocator:
     def release_refs(self, page_indices: PageList) -> int:
         """What `unref` does, for references that were not held by hand; returns how many were given back."""
         pages = self.as_pages(page_indices)
-        np.subtract.at(self.ref_count, pages, np.int32(1))
+        np.subtract.at(self.ref_count, pages, _ONE)
         left = self.ref_count[pages]
         if len(pages) and left.min() <= 0:
             if left.min() < 0:
-                np.add.at(self.ref_count, pages, np.int32(1))
-                page = int(pages[left.argmin()])
-                named, held = int((pages == page).sum()), int(self.ref_count[page])
-                raise PageError(f"page {page} has {held} references but {named} were given back: released twice?")
-            self._push(_unique(pages[left == 0]))
+                np.add.at(self.ref_count, pages, _ONE)
+                self._refuse_too_many(pages)
+            self._push(unique(pages[left == 0]))
         return len(pages)
 
     # -- for owners that keep their own books: unchecked --------------------------------------------------------------
@@ -265,25 +290,3 @@ class PageAllocator:
 
 def _as_ints(values: PageList) -> list[int]:
     return values.tolist() if isinstance(values, np.ndarray) else list(values)
-
-
-def _unique(pages: PageArray) -> PageArray:
-    """The same pages in the same order, each once; most lists have no page twice and come back as they are."""
-    if len(pages) < 2:
-        return pages
-    if not has_twice(pages):
-        return pages
-    _, first = np.unique(pages, return_index=True)
-    return pages[np.sort(first)]
-
-
-def has_twice(pages: PageArray) -> bool:
-    """Whether a page is in the list twice; O(n log n)."""
-    ordered = np.sort(pages)
-    return bool((ordered[1:] == ordered[:-1]).any())
-
-
-def concatenate(parts: Iterable[PageArray]) -> PageArray:
-    """One int32 array of all parts; an empty one for none."""
-    parts = list(parts)
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)

@@ -20,6 +20,7 @@ ORDER = [
     # seqattn
     "seqattn/errors.py",
     "seqattn/counts.py",
+    "seqattn/page_lists.py",
     "seqattn/pages.py",
     "seqattn/indptr.py",
     "seqattn/packed.py",

@@ -284,14 +284,8 @@ def a_fork_copies_nothing(patch: pytest.MonkeyPatch) -> None:
 
 @bug
 def the_source_of_a_tail_may_be_evicted_for_it(patch: pytest.MonkeyPatch) -> None:
-    real = reserve.Plan.keep
-
-    def keep(self: reserve.Plan, kept: dict[Node, int]) -> None:
-        tail_len, self.tail_len = self.tail_len, 0
-        real(self, kept)
-        self.tail_len = tail_len
-
-    patch.setattr(reserve.Plan, "keep", keep)
+    real = reserve.Plan.pages_to_source
+    patch.setattr(reserve.Plan, "pages_to_source", lambda self: real(self) - 1)
 
 
 @bug

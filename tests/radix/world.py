@@ -192,13 +192,12 @@ class World:
         self.cache.fork(seq_id, new_seq_id)
         self.counts.num_forked_pages += needed
         self.model.fork(seq_id, new_seq_id, tables(self.cache)[new_seq_id])
-        self.prompts[new_seq_id] = self.prompts[seq_id]
+        self.prompts[new_seq_id] = ()  # no request of its own
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
         num_tokens = min(num_tokens, len(self.model.running[seq_id].tokens))
         self.cache.truncate(seq_id, num_tokens)
         self.model.truncate(seq_id, num_tokens)
-        self.prompts[seq_id] = self.prompts[seq_id][:num_tokens]
 
     def publish(self, seq_id: int, num_tokens: int | None) -> None:
         num_tokens, written = self._written(seq_id, num_tokens)

@@ -9,7 +9,8 @@ import pytest
 
 from seqattn.counts import as_count
 from seqattn.errors import BadValueError, InvariantError, LengthError, NoPageError, PageError
-from seqattn.pages import PageAllocator, concatenate
+from seqattn.page_lists import concatenate
+from seqattn.pages import PageAllocator
 
 
 def state(pool: PageAllocator) -> tuple[object, ...]:

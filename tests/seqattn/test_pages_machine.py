@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from seqattn.errors import NoPageError, PageError
-from seqattn.pages import PageAllocator, concatenate
+from seqattn.page_lists import concatenate
+from seqattn.pages import PageAllocator
 
 
 class AllocatorMachine(RuleBasedStateMachine):
