@@ -60,8 +60,9 @@ class PrefixCache:
     """Shares the KV of common token prefixes between sequences, and evicts what nobody uses.
 
     Public methods are atomic under one lock: any thread may call any of them; `manager` and `descriptor` are not under
-    it. A call that raises leaves everything as it was. Sequences are changed only through this class, never through `descriptor`. KV is written, copied and read on
-    one CUDA stream, or the caller orders the accesses: a freed page may be handed out again at once.
+    it. A call that raises leaves everything as it was. Sequences are changed only through this class, never through
+    `descriptor`. KV is written, copied and read on one CUDA stream, or the caller orders the accesses: a freed page may
+    be handed out again at once.
 
     Args:
         manager: where pages come from: a `PagedKVCacheManager`, or a `PageAllocator` to simulate without memory.
