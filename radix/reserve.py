@@ -7,6 +7,7 @@ So whatever fails between, `cancel` leaves everything as it was.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -61,7 +62,8 @@ class Plan:
     @property
     def source(self) -> int:
         """The page that the tail is copied from."""
-        return int(np.frombuffer(self.path.pages, np.int32, 1, self.num_shared * PAGE_ID_BYTES)[0])
+        at = self.num_shared * PAGE_ID_BYTES
+        return int.from_bytes(self.path.pages[at : at + PAGE_ID_BYTES], sys.byteorder)
 
     def keep_shared(self, kept: dict[Node, int]) -> None:
         """Adds to `kept` how many pages of each node are shared and must not be evicted."""

@@ -225,12 +225,13 @@ class PageAllocator:
         """Raises what `copy_page_slots` raises; plain Python, since most copies are of one page."""
         if not len(src) == len(dst) == len(slots):
             raise LengthError(f"{len(src)} source pages, {len(dst)} destinations and {len(slots)} slot counts differ")
+        count_of = self.ref_count.item
         for page in src + dst:
-            if not is_int(page) or not 0 <= page < self.num_pages or not self.ref_count[page]:
+            if not is_int(page) or not 0 <= page < self.num_pages or not count_of(page):
                 raise PageError(f"page {page!r} is not in use: a copy needs both of its pages allocated")
         for page in dst:
-            if self.ref_count[page] > 1:
-                raise SharedPageError(page, int(self.ref_count[page]))
+            if count_of(page) > 1:
+                raise SharedPageError(page, count_of(page))
         for count in slots:
             if not is_int(count) or not 1 <= count <= self.page_size:
                 raise LengthError(f"{count!r} slots cannot be copied: a page has {self.page_size}")
