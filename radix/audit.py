@@ -9,7 +9,7 @@ import numpy as np
 
 from radix.proof import path_key, path_pages
 from radix.running import Running
-from radix.show import describe, draw
+from radix.show import MOST_LINES, describe, draw
 from seqattn.errors import InvariantError
 from seqattn.page_lists import concatenate
 
@@ -40,7 +40,7 @@ def check_cache(state: State, outside: PageList | None = None) -> None:
     exact = outside is not None or not state.manager.num_outside_refs
     state.manager.check(concatenate(known), exact=exact)
     _check_holders(state)
-    _check_idle(state, tree_pages)
+    _check_idle(state)
     _check_sum(state, tree_pages, by_others if exact else None)
 
 
@@ -87,15 +87,15 @@ def _check_running(state: State, seq_id: object, run: Running) -> None:
         _fail(state, "C2", f"sequence {seq_id!r} holds a path with other tokens than its own")
 
 
-def _check_idle(state: State, tree_pages: PageArray) -> None:
-    """C1: with P3, that evicting everything frees exactly the idle pages."""
-    counts = state.manager.ref_count
-    if len(tree_pages) and counts[tree_pages].min() < 1:
-        page = int(tree_pages[counts[tree_pages].argmin()])
-        _fail(state, "C1", f"page {page} is in the tree but free")
+def _check_idle(state: State) -> None:
+    """C1: no sequence has a page of an idle node. With P3, evicting everything frees exactly the idle pages."""
+    by_sequences = np.zeros(state.manager.num_pages, dtype=bool)
+    by_sequences[state.descriptor.held_pages()] = True
     for node in state.tree:
-        if node.num_holders and counts[node.page_ids].min() < 2:
-            _fail(state, "C1", f"only the tree holds a page of a node that is held: {describe(node)}")
+        pages = node.page_ids
+        if not node.num_holders and by_sequences[pages].any():
+            held = pages[by_sequences[pages]].tolist()
+            _fail(state, "C1", f"pages {held} of an idle node have other holders: {describe(node)}")
 
 
 def _check_sum(state: State, tree_pages: PageArray, by_others: PageArray | None) -> None:
@@ -113,4 +113,4 @@ def _check_sum(state: State, tree_pages: PageArray, by_others: PageArray | None)
 
 
 def _fail(state: State, name: str, problem: str) -> None:
-    raise InvariantError(name, problem, draw(state.tree))
+    raise InvariantError(name, problem, draw(state.tree, most_lines=MOST_LINES))

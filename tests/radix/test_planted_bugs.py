@@ -124,7 +124,7 @@ def nothing_is_adopted(patch: pytest.MonkeyPatch) -> None:
     real = adopt.put
 
     def put(state: Any, run: Any, num_tokens: int) -> Any:  # noqa: ANN401
-        own = run.data.table.copy() if hasattr(run, "data") else run.table.copy()
+        own = run.table.copy()
         done = real(state, run, num_tokens)
         done.pages = own[run.num_tree_pages :][: len(done.pages) // PAGE_ID_BYTES].tobytes()
         return done
