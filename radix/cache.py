@@ -32,7 +32,7 @@ from radix.reserve import Plan, plan_start
 from radix.running import PrefixMatch, Running, Started, match_of
 from radix.starting import start_all
 from radix.state import State
-from radix.tokens import TOKEN_BYTES, Tokens, as_key, one_token
+from radix.tokens import TOKEN_BYTES, Tokens, as_key, as_query, check_rest, one_token
 from seqattn.counts import as_count
 from seqattn.errors import (
     BadValueError,
@@ -109,11 +109,13 @@ class PrefixCache:
 
         Cost: converting the tokens, plus one memory comparison of what matches.
         """
-        key = as_key(tokens)
+        query = as_query(tokens)
         with self.lock:
-            return match_of(self.lookup(key, namespace), self.tree.page_bytes)
+            path = self.lookup(query, namespace)
+        check_rest(query, path.num_bytes)
+        return match_of(path, self.tree.page_bytes)
 
-    def lookup(self, key: bytes, namespace: Hashable) -> Path:
+    def lookup(self, key: bytes | memoryview, namespace: Hashable) -> Path:
         """`match` for a key, in the tree's terms."""
         path = self.tree.match(key, namespace)
         if self.whole_pages:
@@ -310,7 +312,7 @@ class PrefixCache:
         """Ends a sequence without publishing more of it; what it shared counts as used.
 
         Started again under the same id with a prompt that begins with the same tokens, it counts once in `stats`.
-        Cost: O(pages), and one pass over the prompt to remember it.
+        Cost: O(pages).
 
         Raises:
             UnknownSequenceError: `seq_id` is not running.

@@ -6,29 +6,27 @@ A node owns the run of tokens on the edge into it (`key`) and that run's pages. 
             page 7  page 2              page 5  page 9 (partly filled: leaves only)
 
 Children are found by the bytes of their first page. A leaf has no container, a single child stands in the slot itself,
-and from two children on they lie in a `SortedDict`, so that the child that shares the most tokens with a page that no
-child has is a neighbour in sorted order.
+and from two children on they lie in a `Children`, which also finds the child that shares the most tokens with a page
+that no child has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sortedcontainers import SortedDict
 
-from radix.tokens import TOKEN_BYTES, common_bytes
+from radix.children import Children
+from radix.tokens import TOKEN_BYTES
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["PAGE_ID_BYTES", "Node", "Root", "nearest"]
+__all__ = ["PAGE_ID_BYTES", "Node", "Root"]
 
 #: bytes of one page number in `Node.pages`
 PAGE_ID_BYTES = 4
-
-Children: TypeAlias = "Node | SortedDict[bytes, Node] | None"
 
 
 class Node:
@@ -38,7 +36,7 @@ class Node:
         key: token ids on the edge as bytes of int32.
         pages: page numbers of those tokens as bytes of int32, `ceil(tokens / page_size)` of them.
         parent: the node above; None for a root.
-        children: None, the only child, or a `SortedDict` of them by the bytes of their first page.
+        children: None, the only child, or `Children` by the bytes of their first page.
         stamp: logical time of the last use.
         num_holders: sequences and pins that hold the pages; all pages of a node have the same holders.
         num_reuses: how often a new sequence shared the pages.
@@ -50,7 +48,7 @@ class Node:
         self.key = key
         self.pages = pages
         self.parent = parent
-        self.children: Children = None
+        self.children: Node | Children | None = None
         self.stamp = stamp
         self.num_holders = 0
         self.num_reuses = 0
@@ -71,7 +69,7 @@ class Node:
         return np.frombuffer(self.pages, dtype=np.int32)
 
     def __iter__(self) -> Iterator[Node]:
-        """The children, in the order of their first pages' bytes."""
+        """The children, in no order that matters."""
         kids = self.children
         if kids is None:
             return iter(())
@@ -90,8 +88,10 @@ class Node:
             self.children = child
             return
         if isinstance(kids, Node):
-            self.children = kids = SortedDict({kids.key[:page_bytes]: kids})
-        kids[child.key[:page_bytes]] = child
+            only, self.children = kids, Children()
+            kids = self.children
+            kids.file(only.key[:page_bytes], only)
+        kids.file(child.key[:page_bytes], child)
 
     def remove(self, child: Node, page_bytes: int) -> None:
         """Takes a child out; O(log children). One that is left goes back into the slot."""
@@ -99,9 +99,9 @@ class Node:
         if kids is None or isinstance(kids, Node):
             self.children = None
             return
-        del kids[child.key[:page_bytes]]
+        kids.take_out(child.key[:page_bytes])
         if len(kids) == 1:
-            self.children = kids.peekitem(0)[1]
+            self.children = next(iter(kids.values()))
 
     def replace(self, other: Node, page_bytes: int) -> None:
         """Puts `other` in the place of the child whose first page is the same; O(1)."""
@@ -124,11 +124,11 @@ class Node:
         child = kids.get(page)
         if child is not None:
             return child
-        at = kids.bisect_left(page)
-        if at and page.startswith(kids.peekitem(at - 1)[0]):
-            return kids.peekitem(at - 1)[1]
-        if len(page) < page_bytes and at < len(kids) and kids.peekitem(at)[0].startswith(page):
-            return kids.peekitem(at)[1]
+        before, after = kids.neighbours(page)
+        if before is not None and len(before.key) < len(page) and page.startswith(before.key):
+            return before
+        if after is not None and len(page) < page_bytes and after.key.startswith(page):
+            return after
         return None
 
 
@@ -140,23 +140,3 @@ class Root(Node):
     def __init__(self, namespace: Hashable) -> None:
         super().__init__(b"", b"", None)
         self.namespace = namespace
-
-
-def nearest(kids: SortedDict[bytes, Node], page: bytes) -> tuple[Node, int]:
-    """Among children of which none begins with `page`: the one that shares the most tokens with it.
-
-    In sorted order that child is a neighbour of where `page` would stand: what lies between two keys shares at least
-    the prefix that they share. One bisect, two comparisons.
-
-    Returns:
-        The child and how many bytes it shares, in whole tokens, perhaps 0.
-    """
-    at = kids.bisect_left(page)
-    best, most = kids.peekitem(at - 1 if at else 0)[1], 0
-    for index in (at - 1, at):
-        if 0 <= index < len(kids):
-            key, child = kids.peekitem(index)
-            common = common_bytes(key, page)
-            if common > most:
-                best, most = child, common
-    return best, most

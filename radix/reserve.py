@@ -29,6 +29,7 @@ __all__ = ["Plan", "Reservation", "Reserve"]
 
 NOTHING_KEPT: Mapping[Node, int] = {}
 _SHORT_PATH = 8
+_COPIED = 1 << 13  # bytes of a key that cost less to slice than a view of them costs to make
 
 
 @define(slots=True, eq=False)
@@ -170,7 +171,7 @@ class Reserve:
         """Frees up to `num_pages` idle pages; returns how many."""
         victims, pages = self.find(num_pages)
         self._evict(victims)
-        self.manager.drop(pages)
+        self.manager.free(pages)
         return len(pages)
 
     def find(self, num_pages: int, kept: Kept = NOTHING_KEPT) -> tuple[list[tuple[Node, int]], PageArray]:
@@ -262,7 +263,8 @@ def plan_start(
         max_cached: reuse at most this many tokens.
         whole_pages: share full pages only, fork no tail.
     """
-    path = tree.match(key, namespace, limit=max(0, max_cached) * TOKEN_BYTES)
+    view = key if len(key) <= _COPIED else memoryview(key)
+    path = tree.match(view, namespace, limit=max(0, max_cached) * TOKEN_BYTES)
     num_shared, tail = divmod(path.num_bytes, tree.page_bytes)
     return Plan(
         seq_id,

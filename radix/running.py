@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from attrs import define
 
-from radix.node import PAGE_ID_BYTES
 from radix.tokens import TOKEN_BYTES
 from seqattn.sequence import SequenceData
 
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
     from radix.node import Node
     from radix.tree import Path
     from seqattn.pages import PageArray
+
+_INT32 = np.dtype(np.int32)
 
 __all__ = ["Pin", "PrefixMatch", "Running", "Started"]
 
@@ -77,9 +78,7 @@ class Running(SequenceData):
     def __init__(
         self, table: PageArray, num_pages: int, last_page_len: int, namespace: Hashable, prompt: bytes
     ) -> None:
-        self._buffer = table
-        self.num_pages = num_pages
-        self.last_page_len = last_page_len
+        self.own(table, num_pages, last_page_len)
         self.namespace = namespace
         self.prompt = prompt
         self.request: bytes | None = prompt
@@ -124,8 +123,8 @@ class Pin:
 def match_of(path: Path, page_bytes: int) -> PrefixMatch:
     """A lookup's result in the words of the interface."""
     num_full, tail = divmod(path.num_bytes, page_bytes)
-    pages = np.frombuffer(path.pages, dtype=np.int32, count=num_full)
-    if not tail:
+    pages = np.frombuffer(path.pages, _INT32)
+    if len(pages) == num_full:
         return PrefixMatch(path.num_bytes // TOKEN_BYTES, pages, None, 0)
-    tail_page = int(np.frombuffer(path.pages, dtype=np.int32, count=1, offset=num_full * PAGE_ID_BYTES)[0])
-    return PrefixMatch(path.num_bytes // TOKEN_BYTES, pages, tail_page, tail // TOKEN_BYTES)
+    tail_page = int(pages[num_full]) if tail else None
+    return PrefixMatch(path.num_bytes // TOKEN_BYTES, pages[:num_full], tail_page, tail // TOKEN_BYTES)

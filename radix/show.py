@@ -59,8 +59,12 @@ def _rows(tree: RadixTree) -> Iterator[tuple[str, Node | None]]:
 
 def _children(node: Node, indent: str) -> list[tuple[Node, str, bool]]:
     """The children in reverse, for a stack, with their indent and whether each is the last of its siblings."""
-    kids = list(node)[::-1]
+    kids = sorted(node, key=_first_tokens)[::-1]
     return [(kid, indent, index == 0) for index, kid in enumerate(kids)]
+
+
+def _first_tokens(node: Node) -> bytes:
+    return node.key
 
 
 def describe(node: Node, decode: Decode | None = None) -> str:
@@ -90,7 +94,8 @@ def draw_html(tree: RadixTree, *, decode: Decode | None = None) -> str:
     out: list[str] = [_HEAD]
     for root in tree.roots.values():
         out.append(f"<h2>namespace {html.escape(repr(root.namespace))}</h2>")
-        stack: list[Node | str] = [*root][::-1]
+        stack: list[Node | str] = []
+        stack += sorted(root, key=_first_tokens)[::-1]
         while stack:
             node = stack.pop()
             if isinstance(node, str):
@@ -99,7 +104,7 @@ def draw_html(tree: RadixTree, *, decode: Decode | None = None) -> str:
             state = "held" if node.num_holders else "idle"
             out.append(f'<details open class="{state}"><summary>{html.escape(describe(node, decode))}</summary>')
             stack.append("</details>")
-            stack += list(node)[::-1]
+            stack += sorted(node, key=_first_tokens)[::-1]
     return "\n".join([*out, "</body></html>"])
 
 

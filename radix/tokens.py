@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from seqattn.errors import TokenError
 
-__all__ = ["TOKEN_BYTES", "Tokens", "as_key", "common_bytes", "one_token", "token_ids"]
+__all__ = ["TOKEN_BYTES", "Tokens", "as_key", "as_query", "check_rest", "common_bytes", "one_token", "token_ids"]
 
 #: Whatever numpy can turn into a flat integer array: a list, an array, a numpy array, a torch tensor.
 Tokens: TypeAlias = "Sequence[int] | npt.NDArray[np.integer[Any]] | Any"
@@ -25,6 +25,8 @@ _LIMIT = 2**31
 _INT32 = np.dtype(np.int32)
 _HIGH_BYTE = TOKEN_BYTES - 1 if sys.byteorder == "little" else 0
 _STRIDED = 2048 * TOKEN_BYTES
+_VIEWED = 512
+_NO_IDS = np.empty(0, dtype=np.int32)
 _FEW = 64
 _BOOLS = {bool, np.bool_}
 
@@ -53,6 +55,24 @@ def as_key(tokens: Tokens) -> bytes:
     if ids.size and (ids.min() < 0 or ids.max() >= _LIMIT):
         raise _bad_token(ids)
     return ids.astype(np.int32).tobytes()
+
+
+def as_query(tokens: Tokens) -> bytes | memoryview:
+    """Token ids to look up: `as_key`, but a long int32 array is only looked at, and not yet checked.
+
+    What matches cached tokens is a token; `check_rest` checks what does not.
+    """
+    if type(tokens) is np.ndarray and tokens.dtype is _INT32 and tokens.ndim == 1 and len(tokens) >= _VIEWED:
+        return np.ascontiguousarray(tokens).data.cast("B")
+    return as_key(tokens)
+
+
+def check_rest(query: bytes | memoryview, num_bytes: int) -> None:
+    """Checks the token ids of a query after the first `num_bytes` bytes, which matched; raises TokenError."""
+    if isinstance(query, memoryview):
+        ids = np.frombuffer(query, dtype=np.int32, offset=num_bytes) if num_bytes < len(query) else _NO_IDS
+        if len(ids) and np.minimum.reduce(ids) < 0:
+            raise _bad_token(np.frombuffer(query, dtype=np.int32))
 
 
 def _as_array(tokens: Tokens) -> npt.NDArray[Any]:
@@ -105,7 +125,7 @@ def token_ids(key: bytes) -> npt.NDArray[np.int32]:
     return np.frombuffer(key, dtype=np.int32)
 
 
-def common_bytes(key: bytes, other: bytes, offset: int = 0) -> int:
+def common_bytes(key: bytes, other: bytes | memoryview, offset: int = 0) -> int:
     """How many bytes of `key` equal those of `other` from `offset` on, in whole tokens.
 
     Cost: short keys by one xor of long integers, long ones by numpy in blocks, so that the end of the run is found
@@ -113,7 +133,7 @@ def common_bytes(key: bytes, other: bytes, offset: int = 0) -> int:
     """
     size = min(len(key), len(other) - offset)
     if size <= _SHORT:
-        mine, theirs = key[:size], other[offset : offset + size]
+        mine, theirs = key[:size], bytes(other[offset : offset + size])
         if mine == theirs:
             return size
         differ = int.from_bytes(mine, "little") ^ int.from_bytes(theirs, "little")

@@ -31,9 +31,9 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
 from attrs import define
-from sortedcontainers import SortedDict
 
-from radix.node import PAGE_ID_BYTES, Node, Root, nearest
+from radix.children import Children
+from radix.node import PAGE_ID_BYTES, Node, Root
 from radix.proof import check_tree
 from radix.tokens import TOKEN_BYTES, common_bytes
 from seqattn.errors import BadValueError, TokenError
@@ -107,11 +107,11 @@ class RadixTree:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def match(self, key: bytes, namespace: Hashable = None, *, limit: int | None = None) -> Path:
+    def match(self, key: bytes | memoryview, namespace: Hashable = None, *, limit: int | None = None) -> Path:
         """The longest cached prefix of `key`, to the token; changes nothing.
 
         Args:
-            key: token ids as bytes of int32.
+            key: token ids as bytes of int32; of a `memoryview` nothing is copied but a page for each node.
             namespace: whose root to look under.
             limit: match at most this many bytes.
 
@@ -132,23 +132,25 @@ class RadixTree:
                 break
             if isinstance(kids, Node):
                 child = kids
-            elif (found := kids.get(key[at : at + page_bytes])) is not None:
-                child = found
             else:
-                child, common = nearest(kids, key[at : at + page_bytes])
-                if common:
-                    nodes.append(child)
-                    at += common
-                break
-            if not key.startswith(child.key, at):
-                common = common_bytes(child.key, key, at)
-                if common:
-                    nodes.append(child)
-                    at += common
-                break
-            nodes.append(child)
-            at += len(child.key)
-            node = child
+                page = bytes(key[at : at + page_bytes])
+                found = kids.get(page)
+                child, common = (found, 0) if found is not None else kids.nearest(page)
+                if found is None:
+                    if common:
+                        nodes.append(child)
+                        at += common
+                    break
+            end = at + len(child.key)
+            if end <= size and child.key.startswith(key[at:end]):
+                nodes.append(child)
+                at, node = end, child
+                continue
+            common = common_bytes(child.key, key, at)
+            if common:
+                nodes.append(child)
+                at += common
+            break
         if limit is not None and at > limit:
             at = _shorten(nodes, limit, page_bytes)
         return Path(nodes, b"".join([node.pages for node in nodes]), at)
@@ -359,9 +361,9 @@ class RadixTree:
         old, new = node.key[: self.page_bytes], key[: self.page_bytes]
         node.key = key
         kids = parent.children
-        if isinstance(kids, SortedDict) and old != new:
-            del kids[old]
-            kids[new] = node
+        if isinstance(kids, Children) and old != new:
+            kids.take_out(old)
+            kids.file(new, node)
 
     def _add_leaf(self, parent: Node, key: bytes, pages: bytes) -> Node:
         """A new idle leaf at the recent end of the queue."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from attrs import define, field
 
+from seqattn.buffers import Buffers
 from seqattn.counts import as_count
 from seqattn.errors import (
     BadValueError,
@@ -69,6 +70,7 @@ class CacheDescriptor:
     cache_manager: PageAllocator
     seq_id_to_data: dict[Hashable, SequenceData] = field(factory=dict)
     _last_pack: _LastPack | None = field(init=False, default=None, repr=False, eq=False)
+    _buffers: Buffers = field(init=False, factory=Buffers, repr=False, eq=False)
     #: counts the changes of page tables, so that packing knows when only lengths have changed
     tables_version: int = field(init=False, default=0, repr=False, eq=False)
 
@@ -283,7 +285,7 @@ class CacheDescriptor:
         keep = -(-num_tokens // self.page_size)
         if keep < data.num_pages:
             self.cache_manager.drop(data.table[keep:])
-            data.num_pages = keep
+            data.cut(keep)
             self.tables_version += 1
         data.last_page_len = num_tokens - (keep - 1) * self.page_size if keep else 0
 
@@ -334,18 +336,17 @@ class CacheDescriptor:
 
         if num_tokens is not None:
             tables, lens = self.tables(seq_ids, num_tokens)
-            indices, indptr = _flatten(tables)
+            indices, indptr = _flatten(tables, self._buffers)
             last = (lens - 1) % self.page_size + (lens > 0)
             last[lens == 0] = 0
             return FlashInferPackedData.trusted(indices, indptr, torch.from_numpy(last.astype(np.int32)))
-        seq_ids = list(seq_ids)
-        found = [self.data_of(seq_id) for seq_id in seq_ids]
-        pack = self._last_pack
+        seq_ids, pack = list(seq_ids), self._last_pack
         if pack is None or pack.version != self.tables_version or pack.seq_ids != seq_ids:
-            pack = _LastPack(self.tables_version, seq_ids, *_flatten([data.table for data in found]))
-            self._last_pack = pack
-        last_lens = torch.tensor([data.last_page_len for data in found], dtype=torch.int32)
-        return FlashInferPackedData.trusted(pack.indices, pack.indptr, last_lens)
+            found = [self.data_of(seq_id) for seq_id in seq_ids]
+            indices, indptr = _flatten([data.table for data in found], self._buffers)
+            pack = self._last_pack = _LastPack(self.tables_version, seq_ids, found, indices, indptr)
+        last_lens = np.array([data.last_page_len for data in pack.found], dtype=np.int32)
+        return FlashInferPackedData.trusted(pack.indices, pack.indptr, torch.from_numpy(last_lens))
 
     def pack_hybrid_for_flashinfer(
         self,
@@ -434,14 +435,18 @@ class _LastPack:
 
     version: int
     seq_ids: list[Hashable]
+    found: list[SequenceData]
     indices: torch.Tensor
     indptr: torch.Tensor
 
 
-def _flatten(tables: Sequence[PageArray]) -> tuple[torch.Tensor, torch.Tensor]:
+def _flatten(tables: Sequence[PageArray], buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor]:
     """Tables back to back (int32 [total]) and where each begins (int32 [batch + 1])."""
     import torch
 
     indptr = np.zeros(len(tables) + 1, dtype=np.int32)
     np.cumsum([len(table) for table in tables], out=indptr[1:])
-    return torch.from_numpy(concatenate(tables)), torch.from_numpy(indptr)
+    indices = buffers.take(int(indptr[-1]))
+    if tables:
+        np.concatenate(tables, out=indices)
+    return torch.from_numpy(indices), torch.from_numpy(indptr)

@@ -144,13 +144,15 @@ class PageAllocator:
     def release_refs(self, page_indices: PageList) -> int:
         """What `unref` does, for references that were not held by hand; returns how many were given back."""
         pages = self.as_pages(page_indices)
-        np.subtract.at(self.ref_count, pages, _ONE)
-        left = self.ref_count[pages]
-        if len(pages) and left.min() <= 0:
-            if left.min() < 0:
-                np.add.at(self.ref_count, pages, _ONE)
-                self._refuse_too_many(pages)
-            self._push(unique(pages[left == 0]))
+        index = pages.astype(np.intp)
+        np.subtract.at(self.ref_count, index, _ONE)
+        left = self.ref_count[index]
+        least = left.min(initial=1)
+        if least < 0:
+            np.add.at(self.ref_count, index, _ONE)
+            self._refuse_too_many(pages)
+        if least == 0:
+            self._push(unique(pages[left == 0] if left.any() else pages))
         return len(pages)
 
     # -- for owners that keep their own books: unchecked --------------------------------------------------------------
@@ -195,6 +197,11 @@ class PageAllocator:
         freed = index[left == 0][::-1]
         self._push(freed)
         return len(freed)
+
+    def free(self, pages: PageArray) -> None:
+        """Frees pages (int32, none twice) of which the caller holds the only reference (not checked)."""
+        self.ref_count[pages.astype(np.intp)] = 0
+        self._push(pages)
 
     def _push(self, pages: npt.NDArray[np.integer[Any]]) -> None:
         top = self.available_pages_count

@@ -39,7 +39,7 @@ class SequenceData:
         LengthError: `last_page_len` is not an integer, or does not fit the number of pages.
     """
 
-    __slots__ = ("_buffer", "last_page_len", "num_pages")
+    __slots__ = ("_buffer", "last_page_len", "num_pages", "table")
 
     def __init__(self, kv_page_indices: PageList, last_page_len: int) -> None:
         table = _as_table(kv_page_indices)
@@ -47,9 +47,15 @@ class SequenceData:
         if not is_int(last_page_len) or last_page_len < 0 or (last_page_len > 0) != (num_pages > 0):
             wanted = "an integer of at least 1" if num_pages else "0"
             raise LengthError(f"last_page_len {last_page_len!r} does not fit {num_pages} pages: it must be {wanted}")
-        self._buffer: PageArray = table
+        self.own(table, num_pages, int(last_page_len))
+
+    def own(self, buffer: PageArray, num_pages: int, last_page_len: int) -> None:
+        """Makes `buffer`, int32, the page table: its first `num_pages` entries are in use, the rest is room to grow."""
+        self._buffer = buffer
         self.num_pages = num_pages
-        self.last_page_len = int(last_page_len)
+        self.last_page_len = last_page_len
+        #: the entries in use, for the owner of the sequence to write
+        self.table = buffer[:num_pages]
 
     @property
     def last_page(self) -> int:
@@ -66,14 +72,9 @@ class SequenceData:
     @property
     def pages(self) -> PageArray:
         """The page numbers, int32 [num_pages]: a read-only view, valid until the sequence grows or shrinks."""
-        view = self._buffer[: self.num_pages]
+        view = self.table[:]
         view.flags.writeable = False
         return view
-
-    @property
-    def table(self) -> PageArray:
-        """`pages`, writable: for the owner of the sequence."""
-        return self._buffer[: self.num_pages]
 
     def append(self, pages: PageArray) -> None:
         """Adds pages at the end; amortised O(len(pages))."""
@@ -84,6 +85,12 @@ class SequenceData:
             self._buffer = grown
         self._buffer[start:stop] = pages
         self.num_pages = stop
+        self.table = self._buffer[:stop]
+
+    def cut(self, num_pages: int) -> None:
+        """Keeps the first `num_pages` pages; O(1)."""
+        self.num_pages = num_pages
+        self.table = self._buffer[:num_pages]
 
     def num_tokens(self, page_size: int) -> int:
         """Tokens in all pages together."""

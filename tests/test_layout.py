@@ -20,6 +20,7 @@ ORDER = [
     # seqattn
     "seqattn/errors.py",
     "seqattn/counts.py",
+    "seqattn/buffers.py",
     "seqattn/page_lists.py",
     "seqattn/pages.py",
     "seqattn/indptr.py",
@@ -36,6 +37,7 @@ ORDER = [
     "seqattn/attention/front.py",
     # radix
     "radix/tokens.py",
+    "radix/children.py",
     "radix/node.py",
     "radix/show.py",
     "radix/proof.py",

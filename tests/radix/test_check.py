@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from sortedcontainers import SortedDict
 
 from radix.cache import PrefixCache
+from radix.children import Children
 from radix.node import Node
 from seqattn.descriptor import SequenceData
 from seqattn.errors import InvariantError
@@ -75,7 +75,8 @@ def reach_into_idle(cache: PrefixCache) -> None:
 def put_in_container(cache: PrefixCache) -> None:
     """The only child of [1 1] is filed as if there were several."""
     child = node_of(cache, 1)
-    node_of(cache, 0).children = SortedDict({child.key[: cache.tree.page_bytes]: child})
+    node_of(cache, 0).children = kids = Children()
+    kids.file(child.key[: cache.tree.page_bytes], child)
 
 
 def put_before_child(cache: PrefixCache) -> None:
@@ -107,7 +108,7 @@ SPOILS: dict[str, tuple[str, Callable[[PrefixCache], object]]] = {
     "a page of the tree is free": ("P3", lambda c: drop(c, 1)),
     "a count that does not fit the free list": ("P2", lambda c: c.manager.ref_count.__setitem__(0, 0)),
     "pages that nobody holds": ("P3", forget_pages),
-    "pages that left a table": ("P3", lambda c: setattr(c.state.running[2], "num_pages", 1)),
+    "pages that left a table": ("P3", lambda c: c.state.running[2].cut(1)),
     "a page twice in a table": ("S1", lambda c: c.state.running[2].table.__setitem__(1, c.state.running[2].table[0])),
     "a last page that is too full": ("S2", lambda c: setattr(c.state.running[2], "last_page_len", 3)),
     "a sequence of nobody": ("S1", add_behind),
