@@ -32,7 +32,7 @@ from radix.reserve import Plan, plan_start
 from radix.running import PrefixMatch, Running, Started, match_of
 from radix.starting import start_all
 from radix.state import State
-from radix.tokens import TOKEN_BYTES, Tokens, as_key, as_query, check_rest, one_token
+from radix.tokens import TOKEN_BYTES, Tokens, as_key, check_rest, one_token, unchecked_key, unchecked_view
 from seqattn.counts import as_count
 from seqattn.errors import (
     BadValueError,
@@ -109,7 +109,7 @@ class PrefixCache:
 
         Cost: converting the tokens, plus one memory comparison of what matches.
         """
-        query = as_query(tokens)
+        query = unchecked_view(tokens)
         with self.lock:
             path = self.lookup(query, namespace)
         check_rest(query, path.num_bytes)
@@ -130,7 +130,7 @@ class PrefixCache:
         Raises:
             TokenError: not token ids, or none.
         """
-        key = as_key(tokens)
+        key = unchecked_key(tokens)
         with self.lock:
             plan = self._plan(None, key, namespace, 1)
             try:
@@ -167,7 +167,7 @@ class PrefixCache:
         Cost: converting and comparing the tokens once, O(pages) for references and table, O(nodes) for the path, plus
         the copy of at most one page.
         """
-        key = as_key(tokens)
+        key = unchecked_key(tokens)
         with self.lock:
             self._refuse_running(seq_id)
             return start_all(self.state, [self._plan(seq_id, key, namespace, min_uncached_tokens)])[0]
@@ -192,7 +192,7 @@ class PrefixCache:
         names = [None] * len(seq_ids) if namespaces is None else namespaces
         if not len(seq_ids) == len(prompts) == len(names):
             raise LengthError(f"{len(seq_ids)} sequence ids, {len(prompts)} prompts and {len(names)} namespaces differ")
-        keys = [as_key(tokens) for tokens in prompts]
+        keys = [unchecked_key(tokens) for tokens in prompts]
         with self.lock:
             self.descriptor.refuse_twice(seq_ids)
             for seq_id in seq_ids:
@@ -205,7 +205,9 @@ class PrefixCache:
         if not key:
             raise TokenError("an empty prompt cannot be started: give at least one token")
         max_cached = len(key) // TOKEN_BYTES - as_count("min_uncached_tokens", min_uncached_tokens)
-        return plan_start(self.tree, seq_id, key, namespace, max_cached=max_cached, whole_pages=self.whole_pages)
+        plan = plan_start(self.tree, seq_id, key, namespace, max_cached=max_cached, whole_pages=self.whole_pages)
+        check_rest(key, plan.path.num_bytes)
+        return plan
 
     # -- running ------------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,6 @@ __all__ = ["Plan", "Reservation", "Reserve"]
 
 NOTHING_KEPT: Mapping[Node, int] = {}
 _SHORT_PATH = 8
-_COPIED = 1 << 13  # bytes of a key that cost less to slice than a view of them costs to make
 
 
 @define(slots=True, eq=False)
@@ -263,8 +262,7 @@ def plan_start(
         max_cached: reuse at most this many tokens.
         whole_pages: share full pages only, fork no tail.
     """
-    view = key if len(key) <= _COPIED else memoryview(key)
-    path = tree.match(view, namespace, limit=max(0, max_cached) * TOKEN_BYTES)
+    path = tree.match(key, namespace, limit=max(0, max_cached) * TOKEN_BYTES)
     num_shared, tail = divmod(path.num_bytes, tree.page_bytes)
     return Plan(
         seq_id,

@@ -15,7 +15,17 @@ import numpy.typing as npt
 
 from seqattn.errors import TokenError
 
-__all__ = ["TOKEN_BYTES", "Tokens", "as_key", "as_query", "check_rest", "common_bytes", "one_token", "token_ids"]
+__all__ = [
+    "TOKEN_BYTES",
+    "Tokens",
+    "as_key",
+    "check_rest",
+    "common_bytes",
+    "one_token",
+    "token_ids",
+    "unchecked_key",
+    "unchecked_view",
+]
 
 #: Whatever numpy can turn into a flat integer array: a list, an array, a numpy array, a torch tensor.
 Tokens: TypeAlias = "Sequence[int] | npt.NDArray[np.integer[Any]] | Any"
@@ -25,8 +35,7 @@ _LIMIT = 2**31
 _INT32 = np.dtype(np.int32)
 _HIGH_BYTE = TOKEN_BYTES - 1 if sys.byteorder == "little" else 0
 _STRIDED = 2048 * TOKEN_BYTES
-_VIEWED = 512
-_NO_IDS = np.empty(0, dtype=np.int32)
+_VIEWED = 4096
 _FEW = 64
 _BOOLS = {bool, np.bool_}
 
@@ -57,22 +66,30 @@ def as_key(tokens: Tokens) -> bytes:
     return ids.astype(np.int32).tobytes()
 
 
-def as_query(tokens: Tokens) -> bytes | memoryview:
-    """Token ids to look up: `as_key`, but a long int32 array is only looked at, and not yet checked.
+def unchecked_key(tokens: Tokens) -> bytes:
+    """`as_key`, but the ids of an int32 array are not yet checked to be in range.
 
     What matches cached tokens is a token; `check_rest` checks what does not.
     """
-    if type(tokens) is np.ndarray and tokens.dtype is _INT32 and tokens.ndim == 1 and len(tokens) >= _VIEWED:
-        return np.ascontiguousarray(tokens).data.cast("B")
+    if type(tokens) is np.ndarray and tokens.dtype is _INT32 and tokens.ndim == 1:
+        return tokens.tobytes()
     return as_key(tokens)
+
+
+def unchecked_view(tokens: Tokens) -> bytes | memoryview:
+    """`unchecked_key` that only looks at long int32 arrays: for lookups, which need no copy."""
+    if type(tokens) is np.ndarray and tokens.dtype is _INT32 and len(tokens) >= _VIEWED and tokens.flags.c_contiguous:
+        return tokens.data.cast("B") if tokens.ndim == 1 else as_key(tokens)
+    return unchecked_key(tokens)
 
 
 def check_rest(query: bytes | memoryview, num_bytes: int) -> None:
     """Checks the token ids of a query after the first `num_bytes` bytes, which matched; raises TokenError."""
-    if isinstance(query, memoryview):
-        ids = np.frombuffer(query, dtype=np.int32, offset=num_bytes) if num_bytes < len(query) else _NO_IDS
-        if len(ids) and np.minimum.reduce(ids) < 0:
-            raise _bad_token(np.frombuffer(query, dtype=np.int32))
+    if len(query) > num_bytes:
+        rest = query[num_bytes:]
+        short = len(rest) <= _STRIDED
+        if not bytes(rest)[_HIGH_BYTE::TOKEN_BYTES].isascii() if short else np.minimum.reduce(token_ids(rest)) < 0:
+            raise _bad_token(token_ids(query))
 
 
 def _as_array(tokens: Tokens) -> npt.NDArray[Any]:
@@ -120,7 +137,7 @@ def one_token(token: int | np.integer[Any]) -> bytes:
     return as_key([token])
 
 
-def token_ids(key: bytes) -> npt.NDArray[np.int32]:
+def token_ids(key: bytes | memoryview) -> npt.NDArray[np.int32]:
     """The token ids of a key, int32, read-only, without a copy."""
     return np.frombuffer(key, dtype=np.int32)
 

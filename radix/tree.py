@@ -28,6 +28,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Literal, Protocol
 
 from attrs import define
@@ -126,6 +127,7 @@ class RadixTree:
             raise BadValueError(f"namespace must be hashable, not {namespace!r}: {error}") from None
         nodes: list[Node] = []
         at, size, page_bytes = 0, len(key), self.page_bytes
+        starts_with = key.startswith if isinstance(key, bytes) else partial(_starts_with, key)
         while node is not None and at < size:
             kids = node.children
             if kids is None:
@@ -141,10 +143,10 @@ class RadixTree:
                         nodes.append(child)
                         at += common
                     break
-            end = at + len(child.key)
-            if end <= size and child.key.startswith(key[at:end]):
+            if starts_with(child.key, at):
                 nodes.append(child)
-                at, node = end, child
+                at += len(child.key)
+                node = child
                 continue
             common = common_bytes(child.key, key, at)
             if common:
@@ -467,6 +469,12 @@ class RadixTree:
             InvariantError: naming the invariant, with the tree drawn.
         """
         check_tree(self)
+
+
+def _starts_with(key: memoryview, edge: bytes, at: int) -> bool:
+    """`bytes.startswith` for a view, without a copy."""
+    end = at + len(edge)
+    return end <= len(key) and edge.startswith(key[at:end])
 
 
 def pages_of(victims: Iterable[tuple[Node, int]]) -> bytes:
