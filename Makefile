@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest
 PARALLEL ?= -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test cov lint format soak replay clean
+.PHONY: help demo test cov lint format soak replay bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,10 @@ soak: $(DEV) ## a million steps of the state machines
 
 replay: $(DEV) ## a recorded trace through the cache, compared with known counts
 	$(BIN)/python -m tests.traces
+
+PEERS ?= sglang vllm seqattn-0.0.2
+bench: $(BENCH) ## every operation beside its peers, into docs/performance.md; PEERS= leaves their downloads out
+	$(BIN)/python -m benchmarks --peers $(PEERS) $(ARGS)
 
 clean: ## away with .venv and what the tools left
 	rm -rf $(VENV) build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
