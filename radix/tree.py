@@ -137,12 +137,13 @@ class RadixTree:
             else:
                 page = bytes(key[at : at + page_bytes])
                 found = kids.get(page)
-                child, common = (found, 0) if found is not None else kids.nearest(page)
                 if found is None:
-                    if common:
-                        nodes.append(child)
+                    found, common = kids.nearest(page)
+                    if found is not None:
+                        nodes.append(found)
                         at += common
                     break
+                child = found
             if starts_with(child.key, at):
                 nodes.append(child)
                 at += len(child.key)
