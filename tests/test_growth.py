@@ -1,0 +1,411 @@
+"""What an operation costs must not grow with what it does not touch: counted, never timed.
+
+The design's claims, one test each: flat in idle leaves, earlier turns and cached tokens, linear in what is new. What may
+be copied stands beside each as bytes a token. At the end, wasteful versions show that the tests can fail.
+"""
+
+from __future__ import annotations
+
+import sys
+import tracemalloc
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from radix import PrefixCache, RadixTree
+from radix import tree as tree_module
+from seqattn import CacheDescriptor, PageAllocator
+from tests.counting import Cost, assert_flat, assert_linear, cost
+
+PAGE_SIZE = 16
+FEW, MANY = 100, 10_000
+ANSWER = np.arange(24, dtype=np.int32)
+
+#: A start keeps the prompt as a key of 4 bytes a token, and a page table, whose references it counts: four arrays of up
+#: to 8 bytes a page, with room for an eighth more pages.
+STARTED_TOKEN = 4 + 4 * 8 / PAGE_SIZE
+#: An end gives a reference to each page back: the same arrays, and no token.
+ENDED_TOKEN = 4 * 8 / PAGE_SIZE
+
+
+def random_tokens(seed: int, *shape: int) -> npt.NDArray[np.int32]:
+    return np.random.default_rng(seed).integers(0, 1 << 30, shape, dtype=np.int32)
+
+
+def full_cache(num_leaves: int) -> tuple[PrefixCache, npt.NDArray[np.int32]]:
+    """A cache without a free page: prompts of a page and a half, nobody's any more. And those prompts, oldest first."""
+    cache = PrefixCache(PageAllocator(2 * num_leaves, PAGE_SIZE))
+    prompts = random_tokens(0, num_leaves, PAGE_SIZE * 3 // 2)
+    for prompt in prompts:
+        cache.start("a", prompt)
+        cache.finish("a")
+    assert cache.num_reclaimable_pages == 2 * num_leaves
+    return cache, prompts
+
+
+def cached(num_tokens: int) -> tuple[PrefixCache, npt.NDArray[np.int32]]:
+    """A cache with room that knows one prefix, and that prefix followed by 72 tokens it does not know."""
+    cache = PrefixCache(PageAllocator(2 * num_tokens // PAGE_SIZE + 64, PAGE_SIZE))
+    prompt = random_tokens(1, num_tokens + 72)
+    cache.start("a", prompt[:num_tokens])
+    cache.finish("a")
+    return cache, prompt
+
+
+def turn(cache: PrefixCache, prompt: npt.NDArray[np.int32]) -> None:
+    """A turn of a chat: a prompt, an answer of 24 tokens, the first of them alone, and the end."""
+    cache.start("a", prompt)
+    cache.extend(["a"], [0])
+    cache.extend(["a"], [ANSWER[1:]])
+    cache.finish("a")
+
+
+def sequences(batch: int, num_pages: int) -> CacheDescriptor:
+    """So many sequences of so many pages each."""
+    descriptor = CacheDescriptor(PageAllocator(batch * (num_pages + 1), PAGE_SIZE))
+    descriptor.allocate(range(batch), [num_pages * PAGE_SIZE] * batch)
+    return descriptor
+
+
+# -- flat in leaves ----------------------------------------------------------------------------------------------------
+
+
+def turn_among(num_leaves: int) -> Cost:
+    """Turns that begin with a cached prompt and evict for the rest."""
+    cache, prompts = full_cache(num_leaves)
+    latest = iter(np.concatenate((prompts[-20:], random_tokens(2, 20, PAGE_SIZE)), axis=1))
+    return cost(lambda: lambda: turn(cache, next(latest)), 5)
+
+
+def test_a_turn_costs_the_same_whatever_else_is_cached() -> None:
+    assert_flat(turn_among(FEW), turn_among(MANY))
+
+
+def eviction_among(num_leaves: int) -> Cost:
+    cache, _ = full_cache(num_leaves)
+    return cost(lambda: lambda: cache.evict(1), 8)
+
+
+def test_evicting_a_page_costs_the_same_whatever_else_is_cached() -> None:
+    assert_flat(eviction_among(FEW), eviction_among(MANY))
+
+
+def start_with_a_page_held_by_hand(num_leaves: int) -> Cost:
+    """Starts that evict, of prompts that nothing is known of."""
+    cache, prompts = full_cache(num_leaves)
+    cache.manager.ref(cache.match(prompts[0]).pages)
+    fresh = enumerate(random_tokens(3, 20, PAGE_SIZE * 3 // 2))
+
+    def start() -> None:
+        seq_id, prompt = next(fresh)
+        assert cache.can_start(prompt)
+        cache.start(seq_id, prompt)
+
+    return cost(lambda: start, 5)
+
+
+def test_a_start_costs_the_same_with_a_page_held_by_hand() -> None:
+    assert_flat(start_with_a_page_held_by_hand(FEW), start_with_a_page_held_by_hand(MANY))
+
+
+def questions_among(num_leaves: int) -> Cost:
+    cache, prompts = full_cache(num_leaves)
+    fresh = random_tokens(4, PAGE_SIZE)
+
+    def ask() -> None:
+        assert cache.can_start(fresh)
+        assert cache.match(prompts[3]).num_tokens == len(prompts[3])
+        assert cache.num_reclaimable_pages == 2 * num_leaves
+
+    return cost(lambda: ask, 3)
+
+
+def test_asking_costs_the_same_whatever_else_is_cached() -> None:
+    assert_flat(questions_among(FEW), questions_among(MANY))
+
+
+# -- flat in what is cached, but for its copy --------------------------------------------------------------------------
+
+
+def start_after(num_cached: int) -> Cost:
+    def prepare() -> Callable[[], object]:
+        cache, prompt = cached(num_cached)
+        return lambda: cache.start("b", prompt)
+
+    return cost(prepare)
+
+
+def test_a_start_copies_the_prompt_once() -> None:
+    few, many = 1024, 65_536
+    assert_flat(start_after(few), start_after(many), more_bytes=STARTED_TOKEN * (many - few))
+    few, many = few + 5, many + 5  # the last page is shared by none: the edge that ends in it is cut in two
+    assert_flat(start_after(few), start_after(many), more_bytes=(STARTED_TOKEN + 4) * (many - few))
+
+
+def extension_after(num_cached: int) -> Cost:
+    def prepare() -> Callable[[], object]:
+        cache, prompt = cached(num_cached)
+        cache.start("b", prompt)
+        return lambda: cache.extend(["b"], [prompt[:100]])
+
+    return cost(prepare)
+
+
+def test_an_extension_costs_the_same_however_much_is_cached() -> None:
+    assert_flat(extension_after(1024), extension_after(65_536))
+
+
+def end_after(num_cached: int) -> Cost:
+    def prepare() -> Callable[[], object]:
+        cache, prompt = cached(num_cached)
+        cache.start("b", prompt)
+        cache.extend(["b"], [prompt[:100]])
+        return lambda: cache.finish("b")
+
+    return cost(prepare)
+
+
+def test_an_end_gives_pages_back_and_copies_no_cached_token() -> None:
+    few, many = 1024, 15_360  # an edge grows in place up to 16,384 tokens, and is copied then
+    assert_flat(end_after(few), end_after(many), more_bytes=(ENDED_TOKEN + 4) * (many - few))
+    few, many = 32_768, 131_072
+    assert_flat(end_after(few), end_after(many), more_bytes=ENDED_TOKEN * (many - few))
+
+
+def lookup_of(num_cached: int) -> Cost:
+    cache, prompt = cached(num_cached)
+    return cost(lambda: lambda: cache.match(prompt))
+
+
+def test_a_lookup_copies_no_token() -> None:
+    assert_flat(lookup_of(1024), lookup_of(131_072))
+
+
+def turn_after(num_turns: int) -> Cost:
+    """The turn after so many, each of which says 24 tokens and hears 24."""
+
+    def prepare() -> Callable[[], object]:
+        cache = PrefixCache(PageAllocator(1024, PAGE_SIZE))
+        tokens = random_tokens(5, 5)
+        for seed in range(num_turns + 1):
+            prompt = np.concatenate((tokens, random_tokens(seed, 24)))
+            if seed < num_turns:
+                turn(cache, prompt)
+            tokens = np.concatenate((prompt, ANSWER))
+        return lambda: turn(cache, prompt)
+
+    return cost(prepare)
+
+
+def test_a_turn_costs_the_same_after_however_many_turns() -> None:
+    # The edge that the turn makes longer is cut in two at its last page, put together again and so copied twice.
+    assert_flat(turn_after(1), turn_after(64), more_bytes=(STARTED_TOKEN + 8) * 63 * 48)
+
+
+def publication_after(num_published: int) -> Cost:
+    """Chunks of a long prompt, each published as soon as it is computed."""
+
+    def prepare() -> Callable[[], object]:
+        cache = PrefixCache(PageAllocator(8192, PAGE_SIZE))
+        chunks = iter(random_tokens(6, 256, 256))
+        cache.start("a", next(chunks))
+
+        def publish() -> None:
+            cache.publish("a")
+            cache.extend(["a"], [next(chunks)])
+
+        for _ in range(num_published // 256):
+            publish()
+        return publish
+
+    return cost(prepare, 4)
+
+
+def test_publishing_a_chunk_costs_the_same_however_much_was_published() -> None:
+    few = publication_after(1024)
+    # An edge that grows is copied, and old and new are there at once; at 16,384 tokens the next edge begins.
+    assert_flat(few, publication_after(14_336), more_bytes=8 * (14_336 - 1024))
+    assert_flat(few, publication_after(16_384 * 3 + 4096), more_bytes=8 * 16_384)
+
+
+def evictions_from(num_tokens: int) -> Cost:
+    """64 pages, one by one, from the end of one long leaf."""
+
+    def prepare() -> Callable[[], object]:
+        cache, _ = cached(num_tokens)
+        return lambda: cache.evict(1)
+
+    return cost(prepare, 64)
+
+
+def test_evicting_page_by_page_costs_the_same_from_a_leaf_of_any_length() -> None:
+    # What is left of the edge is copied, of a long one its last 16,384 tokens at most; old and new are there at once.
+    assert_flat(evictions_from(1040), evictions_from(131_072), more_bytes=8 * 16_384)
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def pack_of(batch: int, num_pages: int) -> Cost:
+    def prepare() -> Callable[[], object]:
+        descriptor = sequences(batch, num_pages)
+        return lambda: descriptor.pack_for_flashinfer(range(batch))
+
+    return cost(prepare)
+
+
+def test_packing_copies_the_tables_once() -> None:
+    # The buffer has room for an eighth more.
+    assert_flat(pack_of(256, 16), pack_of(256, 2048), more_bytes=4.5 * 256 * 2048)
+
+
+def test_packing_is_linear_in_the_batch() -> None:
+    assert_linear(pack_of(16, 16), pack_of(256, 16), 16)
+
+
+def pack_again(num_pages: int) -> Cost:
+    """Steps that stay within each last page."""
+    descriptor = sequences(64, num_pages)
+    for seq_id in range(64):
+        descriptor.truncate(seq_id, num_pages * PAGE_SIZE - 8)
+    packed = []  # kept, or else their memory would be used again and none be allocated
+
+    def step() -> None:
+        descriptor.allocate_decoding(range(64))
+        packed.append(descriptor.pack_for_flashinfer(range(64)))
+
+    return cost(lambda: step, 3)
+
+
+def test_packing_again_copies_no_table_if_none_has_changed() -> None:
+    assert_flat(pack_again(16), pack_again(2048))
+
+
+def step_of(batch: int) -> Cost:
+    """A decode step: one token for each sequence, and for each a page."""
+
+    def prepare() -> Callable[[], object]:
+        cache = PrefixCache(PageAllocator(4 * batch, PAGE_SIZE))
+        cache.start_many(range(batch), list(random_tokens(7, batch, PAGE_SIZE * 2)))
+        return lambda: cache.extend(range(batch), np.arange(batch, dtype=np.int32))
+
+    return cost(prepare)
+
+
+def test_a_decode_step_is_linear_in_the_batch() -> None:
+    few, many = step_of(16), step_of(256)
+    assert_linear(few, many, 16)
+    assert many.calls <= 20 * 256
+
+
+# -- the tests above can fail ------------------------------------------------------------------------------------------
+
+Waste = Callable[..., object]
+
+
+def each_leaf(cache: PrefixCache, *_: object) -> object:
+    return min(cache.tree, key=lambda node: node.stamp)
+
+
+def all_idle(cache: PrefixCache, _: object) -> object:
+    return cache.num_reclaimable_pages
+
+
+def all_counts(cache: PrefixCache, _: object) -> object:
+    return cache.manager.ref_count.copy()
+
+
+def each_page(cache: PrefixCache, _: object, tokens: npt.NDArray[np.int32]) -> object:
+    return [page > 0 for page in cache.match(tokens).pages]
+
+
+def each_pair(_: object, seq_ids: Sequence[int]) -> object:
+    return [seq_id for seq_id in seq_ids for other in seq_ids if seq_id == other]
+
+
+def each_table(descriptor: CacheDescriptor, seq_ids: Sequence[int]) -> object:
+    return [descriptor.data_of(seq_id).kv_page_indices for seq_id in seq_ids]
+
+
+def another_table(cache: PrefixCache, seq_ids: Sequence[str], _: object) -> object:
+    return cache.descriptor.data_of(seq_ids[0]).pages.copy()
+
+
+def another_key(cache: PrefixCache, seq_id: str) -> object:
+    return np.empty(cache.descriptor.num_tokens(seq_id), dtype=np.int32)
+
+
+START, EXTEND, END = (PrefixCache, "start"), (PrefixCache, "extend"), (PrefixCache, "finish")
+EVICT, FITS, LOOK_UP = (PrefixCache, "evict"), (PrefixCache, "can_start"), (PrefixCache, "match")
+PACK = (CacheDescriptor, "pack_for_flashinfer")
+
+#: A method, what it does needlessly, the test that notices, and by what.
+WASTES: list[tuple[tuple[type, str], Waste, Callable[[], None], str]] = [
+    (START, each_leaf, test_a_turn_costs_the_same_whatever_else_is_cached, "calls"),
+    (END, all_counts, test_a_turn_costs_the_same_whatever_else_is_cached, "num_bytes"),
+    (EVICT, each_leaf, test_evicting_a_page_costs_the_same_whatever_else_is_cached, "calls"),
+    (FITS, all_idle, test_a_start_costs_the_same_with_a_page_held_by_hand, "calls"),
+    (LOOK_UP, each_leaf, test_asking_costs_the_same_whatever_else_is_cached, "calls"),
+    (START, lambda _, __, tokens: tokens.copy(), test_a_start_copies_the_prompt_once, "num_bytes"),
+    (START, each_page, test_a_start_copies_the_prompt_once, "lines"),
+    (EXTEND, another_table, test_an_extension_costs_the_same_however_much_is_cached, "num_bytes"),
+    (END, another_key, test_an_end_gives_pages_back_and_copies_no_cached_token, "num_bytes"),
+    (LOOK_UP, lambda _, tokens: tokens.copy(), test_a_lookup_copies_no_token, "num_bytes"),
+    (PACK, each_table, test_packing_copies_the_tables_once, "num_bytes"),
+    (PACK, each_table, test_packing_again_copies_no_table_if_none_has_changed, "num_bytes"),
+    (PACK, each_pair, test_packing_is_linear_in_the_batch, "lines"),
+    (EXTEND, lambda _, ids, __: each_pair(_, ids), test_a_decode_step_is_linear_in_the_batch, "lines"),
+]
+
+
+@pytest.mark.parametrize(("method", "waste", "guard", "what"), WASTES)
+def test_a_method_that_wastes_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, method: tuple[type, str], waste: Waste, guard: Callable[[], None], what: str
+) -> None:
+    owner, name = method
+    original = getattr(owner, name)
+
+    def slow(self: object, *args: object) -> object:
+        # Only while it is counted: what is prepared would take too long.
+        _kept = waste(self, *args) if sys.getprofile() or tracemalloc.is_tracing() else None
+        return original(self, *args)
+
+    monkeypatch.setattr(owner, name, slow)
+    with pytest.raises(AssertionError, match=f"^{what} grew"):
+        guard()
+
+
+@pytest.mark.parametrize(
+    "guard",
+    [
+        test_a_turn_costs_the_same_after_however_many_turns,
+        test_publishing_a_chunk_costs_the_same_however_much_was_published,
+    ],
+)
+def test_edges_that_do_not_grow_are_noticed(monkeypatch: pytest.MonkeyPatch, guard: Callable[[], None]) -> None:
+    monkeypatch.setattr(RadixTree, "append", lambda *_: None)
+    with pytest.raises(AssertionError, match=r"^(calls|lines) grew"):
+        guard()
+
+
+def test_a_long_edge_that_is_copied_for_each_page_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_module, "_LONGEST_CUT", 1 << 30)
+    with pytest.raises(AssertionError, match=r"^num_bytes grew"):
+        test_evicting_page_by_page_costs_the_same_from_a_leaf_of_any_length()
+
+
+def test_the_counts_of_a_small_function_are_those_of_its_picture() -> None:
+    def total(numbers: list[int]) -> int:
+        n = 0
+        for number in numbers:
+            n += number
+        return n
+
+    numbers = [7, 8, 9]
+    found = cost(lambda: lambda: total(numbers))
+    assert (found.calls, found.lines) == (1 + 1, 1 + 9)  # and those of the lambda
+    assert found.num_bytes < 256
+    for allocate in (bytes, np.empty):
+        assert 1 << 20 <= cost(lambda: lambda: allocate(1 << 20), 3).num_bytes
