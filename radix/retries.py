@@ -8,7 +8,7 @@ from collections.abc import Hashable
 __all__ = ["Retries"]
 
 _MOST = 4096
-_ENDS = 1024  # bytes
+_ENDS = 256  # bytes
 
 
 class Retries:

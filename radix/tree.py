@@ -28,7 +28,6 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Literal, Protocol
 
 from attrs import define
@@ -127,7 +126,6 @@ class RadixTree:
             raise BadValueError(f"namespace must be hashable, not {namespace!r}: {error}") from None
         nodes: list[Node] = []
         at, size, page_bytes = 0, len(key), self.page_bytes
-        starts_with = key.startswith if isinstance(key, bytes) else partial(_starts_with, key)
         while node is not None and at < size:
             kids = node.children
             if kids is None:
@@ -144,12 +142,14 @@ class RadixTree:
                         at += common
                     break
                 child = found
-            if starts_with(child.key, at):
+            edge = child.key
+            end = at + len(edge)
+            # The second form takes a view of the key for what the first compares in place: no copy either way.
+            if key.startswith(edge, at) if isinstance(key, bytes) else end <= size and edge.startswith(key[at:end]):
                 nodes.append(child)
-                at += len(child.key)
-                node = child
+                at, node = end, child
                 continue
-            common = common_bytes(child.key, key, at)
+            common = common_bytes(edge, key, at)
             if common:
                 nodes.append(child)
                 at += common
@@ -470,12 +470,6 @@ class RadixTree:
             InvariantError: naming the invariant, with the tree drawn.
         """
         check_tree(self)
-
-
-def _starts_with(key: memoryview, edge: bytes, at: int) -> bool:
-    """`bytes.startswith` for a view, without a copy."""
-    end = at + len(edge)
-    return end <= len(key) and edge.startswith(key[at:end])
 
 
 def pages_of(victims: Iterable[tuple[Node, int]]) -> bytes:

@@ -98,6 +98,13 @@ class CacheDescriptor:
         except (KeyError, TypeError):
             raise UnknownSequenceError(seq_id) from None
 
+    def all_of(self, seq_ids: Sequence[Hashable]) -> list[SequenceData]:
+        """`data_of` for a batch."""
+        try:
+            return [self.seq_id_to_data[seq_id] for seq_id in seq_ids]
+        except (KeyError, TypeError):
+            return [self.data_of(seq_id) for seq_id in seq_ids]
+
     # -- growing ------------------------------------------------------------------------------------------------------
 
     def allocate(self, seq_ids: Sequence[Hashable], seq_new_lens: Sequence[int]) -> None:
@@ -342,7 +349,7 @@ class CacheDescriptor:
             return FlashInferPackedData.trusted(indices, indptr, torch.from_numpy(last.astype(np.int32)))
         seq_ids, pack = list(seq_ids), self._last_pack
         if pack is None or pack.version != self.tables_version or pack.seq_ids != seq_ids:
-            found = [self.data_of(seq_id) for seq_id in seq_ids]
+            found = self.all_of(seq_ids)
             indices, indptr = _flatten([data.table for data in found], self._buffers)
             pack = self._last_pack = _LastPack(self.tables_version, seq_ids, found, indices, indptr)
         last_lens = np.array([data.last_page_len for data in pack.found], dtype=np.int32)
@@ -379,7 +386,7 @@ class CacheDescriptor:
         self, seq_ids: Sequence[Hashable], num_tokens: Sequence[int] | None = None
     ) -> tuple[list[PageArray], np.ndarray[tuple[int], np.dtype[np.int64]]]:
         """Page tables (int32 views) and lengths (int64 [batch]) of a batch, cut to `num_tokens` if given."""
-        found = [self.data_of(seq_id) for seq_id in seq_ids]
+        found = self.all_of(seq_ids)
         page_size = self.page_size
         if num_tokens is None:
             return [d.table for d in found], np.array([d.num_tokens(page_size) for d in found], dtype=np.int64)
@@ -445,7 +452,7 @@ def _flatten(tables: Sequence[PageArray], buffers: Buffers) -> tuple[torch.Tenso
     import torch
 
     indptr = np.zeros(len(tables) + 1, dtype=np.int32)
-    np.cumsum([len(table) for table in tables], out=indptr[1:])
+    np.cumsum(np.fromiter(map(len, tables), np.int32, len(tables)), out=indptr[1:])
     indices = buffers.take(int(indptr[-1]))
     if tables:
         np.concatenate(tables, out=indices)
