@@ -50,7 +50,7 @@ bench: $(BENCH) ## every operation beside its peers, into docs/performance.md; P
 	$(BIN)/python -m benchmarks --peers $(PEERS) $(ARGS)
 
 clean: ## away with .venv and what the tools left
-	rm -rf $(VENV) build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist .coverage .coverage.* .bench .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # The demo needs no more than the tests do.
 $(DEV): $(REQUIREMENTS) | $(BIN)/python

@@ -60,35 +60,50 @@ def assert_linear(small: Cost, large: Cost, factor: float, *, more_bytes: float 
         assert found <= most, f"{what} grew to {found}, {most:.0f} is the most: {small} became {large}"
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without the collector, which runs at odd moments and calls back, and without a tracer of coverage."""
+    was_enabled, was_profile, was_trace = gc.isenabled(), sys.getprofile(), sys.gettrace()
+    gc.disable()
+    sys.setprofile(None)
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(was_trace)
+        sys.setprofile(was_profile)
+        if was_enabled:
+            gc.enable()
+
+
 def _count(call: Callable[[], object], times: int) -> tuple[int, int]:
     calls = lines = 0
 
     def profile(frame: FrameType, event: str, arg: object) -> None:
         nonlocal calls
-        calls += event in ("call", "c_call")
+        calls += event == "call" or (event == "c_call" and arg is not sys.setprofile)  # which ends it
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:  # noqa: ANN401  as sys.settrace has it
         nonlocal lines
         lines += event == "line"
         return trace
 
-    was_profile, was_trace = sys.getprofile(), sys.gettrace()
-    with _no_collection():
+    with _alone():
         sys.settrace(trace)
         sys.setprofile(profile)
         try:
             for _ in range(times):
                 call()
         finally:
-            sys.setprofile(was_profile)
-            sys.settrace(was_trace)
-    return calls - 1, lines  # the call that ended the profile was counted too
+            sys.setprofile(None)
+            sys.settrace(None)
+    return calls, lines
 
 
 def _trace_memory(call: Callable[[], object], times: int) -> int:
     """The median, since once in many calls a dictionary grows, which is cheap in the long run."""
     peaks = []
-    with _no_collection():
+    with _alone():
         tracemalloc.start()
         try:
             for _ in range(times):
@@ -100,15 +115,3 @@ def _trace_memory(call: Callable[[], object], times: int) -> int:
         finally:
             tracemalloc.stop()
     return median_low(peaks)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """The collector runs at odd moments, and calls back."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
