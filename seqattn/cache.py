@@ -3,34 +3,30 @@
     key_cache, NHD  [num_pages, page_size, num_heads, head_dim]      slot s of page p is key_cache[p, s]
     key_cache, HND  [num_pages, num_heads, page_size, head_dim]      slot s of page p is key_cache[p, :, s]
 
-With more than one layer both have a leading layer axis. `append_kv` writes the tail of each sequence:
-
-    page_size 4, one sequence, pages [7 2 5], last_page_len 2: 10 tokens, of which the last 3 are appended
-    token   0 1 2 3   4 5 6 7   8 9
-    page    7         2         5
-    written                 ^   ^ ^      slots (2, 3), (5, 0), (5, 1)
+With more than one layer both have a leading layer axis. `append_kv` writes the tail of each sequence, which
+`seqattn.tail` draws. On CUDA one kernel writes keys and values, and one copies page tails in all layers.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from attrs import define
 
+from seqattn.append import AppendTables, can_append, tables_for, write_rows
 from seqattn.counts import as_count, positive
 from seqattn.errors import BadValueError, LengthError, PageError, SharedPageError, TensorError
-from seqattn.indptr import to_numpy, validate_last
+from seqattn.indptr import validate_last
 from seqattn.packed import FlashInferPackedData
 from seqattn.pages import PageAllocator
+from seqattn.tail import Tail, append_indptr_of, tail_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from seqattn.pages import PageArray, PageList
-
-    Int64Array = npt.NDArray[np.int64]
+    from seqattn.pages import PageList
 
 __all__ = ["PagedKVCacheManager", "as_bits"]
 
@@ -90,6 +86,11 @@ class PagedKVCacheManager(PageAllocator):
         self.key_cache = torch.zeros(shape, dtype=dtype, device=_device(device))
         self.value_cache = torch.zeros_like(self.key_cache)
         self.device = self.key_cache.device
+        #: the tail of the last append, and its tables on the device: one step writes it once for each layer
+        self._tail: Tail | None = None
+        self._tables: AppendTables | tuple[torch.Tensor, torch.Tensor] | None = None
+        self._has_append = can_append(self.key_cache, self.head_dim, self.page_size)
+        self._has_copy = self.device.type == "cuda" and find_spec("triton") is not None
 
     def get_memory_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`key_cache` and `value_cache` themselves, all layers."""
@@ -134,19 +135,23 @@ class PagedKVCacheManager(PageAllocator):
             SharedPageError: a page to be written has more than one reference.
             PageError: a page to be written is free, out of range, or listed by two sequences that would write it.
 
-        Nothing is written if any of these is raised. Cost: O(batch + n) on the CPU, one scatter each for keys and
-        values.
+        Nothing is written if any of these is raised. Cost: O(batch + n) on the CPU and a copy of the places to the
+        device, once a step: layers after the first compare the batch with the one before, O(batch). Then one scatter
+        each for keys and values; on CUDA with flashinfer one kernel for both.
         """
         caches = self.layer_tensors(layer)
-        indptr = self._check_append(keys, values, flashinfer_data, append_indptr_cpu)
-        tail = _tail_slots(flashinfer_data, indptr, self.page_size)
+        tail = self._check_append(keys, values, flashinfer_data, append_indptr_cpu)
         self._check_writable(tail)
-        self._write((keys, values), caches, tail)
+        if tail is not self._tail:
+            self._tables = None  # should what follows fail, the next call starts anew
+            self._tail = tail
+        self._write(keys, values, caches, tail)
 
     def copy_page_slots(self, src_pages: PageList, dst_pages: PageList, num_slots: PageList) -> None:
         """Copies the first `num_slots[i]` token slots of page `src_pages[i]` to `dst_pages[i]`, in every layer.
 
-        One gather and one scatter each for keys and values, however many pages; byte for byte, whatever the dtype.
+        One kernel on CUDA, elsewhere one gather and one scatter each for keys and values, however many pages; byte for
+        byte, whatever the dtype.
 
         Raises:
             PageError: a page out of range or free, or written where it is also read or written.
@@ -155,6 +160,9 @@ class PagedKVCacheManager(PageAllocator):
         """
         src, dst, slots = self.check_copy(src_pages, dst_pages, num_slots)
         if len(src) == 0:
+            return
+        if self._has_copy:
+            self._copy_on_device(np.stack((src, dst, slots)).astype(np.int32))
             return
         offsets = self._on_device(np.arange(slots.sum()) - np.repeat(np.cumsum(slots) - slots, slots))
         src_index, dst_index = (self._on_device(np.repeat(pages, slots)) for pages in (src, dst))
@@ -166,19 +174,21 @@ class PagedKVCacheManager(PageAllocator):
 
     def _check_append(
         self, keys: torch.Tensor, values: torch.Tensor, packed: FlashInferPackedData, append_indptr: torch.Tensor
-    ) -> Int64Array:
-        """The append indptr as int64, after the checks that need no look at the pages."""
+    ) -> Tail:
+        """Where the rows go, after the checks that need no look at the pages' counts."""
         for name, tensor in (("keys", keys), ("values", values)):
             self._check_rows(name, tensor)
         if not isinstance(packed, FlashInferPackedData):
             raise TensorError(f"append_kv needs plain FlashInferPackedData, not {type(packed).__name__}")
-        validate_last(packed.kv_page_indptr, packed.kv_last_page_len, self.page_size)
-        indptr = _check_append_indptr(append_indptr, packed.num_sequences)
+        indptr = append_indptr_of(append_indptr, packed.num_sequences)
         if not len(keys) == len(values) == indptr[-1]:
             raise LengthError(
                 f"{len(keys)} keys and {len(values)} values, but append_indptr_cpu ends at {indptr[-1]}: all must agree"
             )
-        return indptr
+        if self._tail is not None and self._tail.is_of(packed, indptr):
+            return self._tail
+        validate_last(packed.kv_page_indptr, packed.kv_last_page_len, self.page_size)
+        return tail_of(packed, indptr, self.page_size)
 
     def _check_rows(self, name: str, tensor: torch.Tensor) -> None:
         # Callers without type checks pass lists and arrays.
@@ -195,7 +205,7 @@ class PagedKVCacheManager(PageAllocator):
         if tensor.device != self.device:
             raise TensorError(f"{name} is on {tensor.device} but the cache on {self.device}: move it there first")
 
-    def _check_writable(self, tail: _Tail) -> None:
+    def _check_writable(self, tail: Tail) -> None:
         """Refuses pages that are out of range, free, shared, or written for two sequences."""
         pages = self.as_pages(tail.written_pages)
         counts = self.ref_count[pages]
@@ -209,14 +219,31 @@ class PagedKVCacheManager(PageAllocator):
             raise PageError(f"page {values[times.argmax()]} would be written for {times.max()} sequences of the batch")
 
     def _write(
-        self, rows: tuple[torch.Tensor, torch.Tensor], caches: tuple[torch.Tensor, torch.Tensor], tail: _Tail
+        self, keys: torch.Tensor, values: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], tail: Tail
     ) -> None:
-        """Writes checked rows; what a kernel for one device would take over."""
-        pages, offsets = self._on_device(tail.pages), self._on_device(tail.offsets)
+        """Writes checked rows; the places are sent to the device with the first layer of a step."""
+        if self._has_append:
+            if not isinstance(self._tables, AppendTables):
+                self._tables = tables_for(tail.pages, tail.offsets, self.page_size, self.device)
+            write_rows(keys, values, self._tables, caches, self.kv_layout)
+            return
+        if not isinstance(self._tables, tuple):
+            self._tables = self._on_device(tail.pages), self._on_device(tail.offsets)
         # The bytes of both are there before either is written. Lazy conjugates and negatives have none of their own.
-        bits = [as_bits(new.detach().resolve_conj().resolve_neg()) for new in rows]
+        bits = [as_bits(new.detach().resolve_conj().resolve_neg()) for new in (keys, values)]
         for new, cache in zip(bits, caches, strict=True):
-            self._by_slot(cache)[pages, offsets] = new
+            self._by_slot(cache)[self._tables] = new
+
+    def _copy_on_device(self, table: npt.NDArray[np.int32]) -> None:
+        from seqattn.kernels import copy_slots
+
+        words = []
+        for cache in (self.key_cache, self.value_cache):
+            by_slot = self._by_slot(cache if self.num_layers > 1 else cache[None])
+            wide = self.head_dim * self.dtype.itemsize % 8 == 0
+            words.append(by_slot.view(torch.int64) if wide else by_slot)
+        with torch.cuda.device(self.device):
+            copy_slots(words[0], words[1], torch.from_numpy(table).to(self.device))
 
     def _by_slot(self, cache: torch.Tensor) -> torch.Tensor:
         """The bytes of a cache tensor with axes [..., page, slot, head, element], whatever its layout; a view."""
@@ -225,51 +252,6 @@ class PagedKVCacheManager(PageAllocator):
 
     def _on_device(self, indices: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(indices.astype(np.int64, copy=False)).to(self.device, non_blocking=True)
-
-
-@define(slots=True, frozen=True, eq=False)
-class _Tail:
-    """Where new tokens go."""
-
-    pages: PageArray  # [n], the page of each token
-    offsets: Int64Array  # [n], its slot in that page
-    written_pages: PageArray  # each written page, once for each sequence that writes it
-
-
-def _tail_slots(packed: FlashInferPackedData, append_indptr: Int64Array, page_size: int) -> _Tail:
-    """Page and slot of each new token; raises LengthError if a sequence has fewer tokens than are appended to it."""
-    lengths, num_new = packed.num_tokens(page_size), np.diff(append_indptr)
-    if (num_new > lengths).any():
-        i = int((num_new > lengths).argmax())
-        raise LengthError(
-            f"sequence {i} of the batch has {lengths[i]} tokens but {num_new[i]} are appended: "
-            "packed lengths include the new tokens, so allocate, then pack, then append"
-        )
-    indices, first = to_numpy(packed.kv_page_indices), to_numpy(packed.kv_page_indptr)[:-1].astype(np.int64)
-    # Row i of sequence b is its token lengths[b] - append_indptr[b + 1] + i.
-    positions = np.arange(append_indptr[-1]) + np.repeat(lengths - append_indptr[1:], num_new)
-    pages = indices[np.repeat(first, num_new) + positions // page_size]
-    first_written, end_written = (lengths - num_new) // page_size, -(-lengths // page_size)
-    num_written = np.where(num_new > 0, end_written - first_written, 0)
-    ends = np.cumsum(num_written)
-    table_index = np.arange(num_written.sum()) + np.repeat(first + first_written - (ends - num_written), num_written)
-    return _Tail(pages, positions % page_size, indices[table_index])
-
-
-def _check_append_indptr(append_indptr: torch.Tensor, num_sequences: int) -> Int64Array:
-    # Callers without type checks pass lists and arrays.
-    given: object = append_indptr
-    if not isinstance(given, torch.Tensor) or given.dtype not in (torch.int32, torch.int64) or given.ndim != 1:
-        seen = f"{given.dtype} {list(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)
-        raise TensorError(f"append_indptr_cpu must be an int32 or int64 tensor with one axis, not {seen}")
-    if given.device.type != "cpu":
-        raise TensorError(f"append_indptr_cpu is on {given.device}: build it on the CPU")
-    indptr: Int64Array = to_numpy(given).astype(np.int64)
-    if len(indptr) != num_sequences + 1:
-        raise LengthError(f"append_indptr_cpu has {len(indptr)} entries, not {num_sequences} sequences + 1")
-    if indptr[0] != 0 or (np.diff(indptr) < 0).any():
-        raise LengthError(f"append_indptr_cpu must start at 0 and never decrease, not {indptr.tolist()}")
-    return indptr
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,9 @@ ORDER = [
     "seqattn/pages.py",
     "seqattn/indptr.py",
     "seqattn/packed.py",
+    "seqattn/tail.py",
+    "seqattn/append.py",
+    "seqattn/kernels.py",
     "seqattn/cache.py",
     "seqattn/heads.py",
     "seqattn/forest.py",
@@ -34,6 +37,10 @@ ORDER = [
     "seqattn/descriptor.py",
     "seqattn/attention/plan.py",
     "seqattn/attention/torch_backend.py",
+    "seqattn/attention/calls.py",
+    "seqattn/attention/choice.py",
+    "seqattn/attention/wrappers.py",
+    "seqattn/attention/flashinfer_backend.py",
     "seqattn/attention/front.py",
     # radix
     "radix/tokens.py",
@@ -69,11 +76,14 @@ NO_TENSORS = ["radix/tokens.py", "radix/node.py", "radix/tree.py"]
 CORE = {"attrs", "numpy", "sortedcontainers", "torch"}
 #: package of an extra → the files that may import it
 EXTRAS = {
-    "flashinfer": ["seqattn/attention/flashinfer_backend.py"],
+    "flashinfer": ["seqattn/append.py", "seqattn/attention/wrappers.py"],
+    "triton": ["seqattn/kernels.py"],  # comes with torch on Linux
     "rich": ["radix/__main__.py"],
     "rich_click": ["radix/__main__.py"],
     "tiktoken": ["radix/replay/tokenizer.py"],
 }
+#: Triton compiles functions of a module that imports it: these import it as they load, and are loaded late themselves.
+KERNELS = ["seqattn/kernels.py"]
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
@@ -192,7 +202,14 @@ def test_what_is_not_required_is_imported_late_and_only_where_it_belongs(path: s
             continue
         assert top in EXTRAS, f"{where}: declare its extra in pyproject.toml and here in EXTRAS"
         assert path in EXTRAS[top], f"{where}: EXTRAS allows it only in {EXTRAS[top]}"
-        assert when != "load", f"{where} when it is loaded: import it inside the function that needs it"
+        late = when != "load" or path in KERNELS
+        assert late, f"{where} when it is loaded: import it inside the function that needs it"
+
+
+@pytest.mark.parametrize("path", sources("seqattn", "radix"))
+def test_files_of_kernels_are_imported_late(path: str) -> None:
+    found = [i.line for i in imports(path) if i.when == "load" and file_of(i.module) in KERNELS]
+    assert not found, f"{path} imports kernels at lines {found} when it is loaded: they need a package of CUDA"
 
 
 def test_an_error_about_a_missing_extra_names_an_extra_that_exists() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 import torch
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["PagedAttention"]
 
 #: name → the class, imported at first use
-_BACKENDS = {"torch": "seqattn.attention.torch_backend:TorchBackend"}
+_BACKENDS = {
+    "flashinfer": "seqattn.attention.flashinfer_backend:FlashInferBackend",
+    "torch": "seqattn.attention.torch_backend:TorchBackend",
+}
 
 _QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,11 +39,21 @@ _QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Backend(Protocol):
     """What computes attention; its constructor takes the four arguments of `TorchBackend`."""
 
-    def prepare(self, plan: BatchPlan) -> Any:  # noqa: ANN401  each backend's own
-        """What `run` needs of a plan; must not change what an earlier plan prepared."""
+    #: whether `run` takes and returns rows in the caller's order; otherwise they are in group order
+    orders_rows: bool
 
-    def run(self, q: torch.Tensor, layer: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401  as above
-        """Output and float32 base-2 log-sum-exp of rows in group order."""
+    def prepare(self, plan: BatchPlan) -> Any:  # noqa: ANN401  each backend's own
+        """What `run` needs of a plan; must not change what the plan before prepared."""
+
+    def run(
+        self,
+        q: torch.Tensor,
+        layer: int,
+        prepared: Any,  # noqa: ANN401  as above
+        *,
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and float32 base-2 log-sum-exp; what the latter is does not matter where it is not wanted."""
 
 
 class PagedAttention:
@@ -55,15 +69,17 @@ class PagedAttention:
     Args:
         manager: the pages and their memory.
         num_qo_heads: query heads, a multiple of the manager's `num_heads`.
-        backend: "auto" or the name of a backend. "torch" runs on any device and computes in float32 (float64 for
-            float64 queries).
+        backend: "flashinfer" runs its kernels on a float16 or bfloat16 cache on CUDA, for queries of the same dtype.
+            "torch" runs on any device and computes in float32 (float64 for float64 queries). "auto" is the former where
+            it is installed and reads the cache, else the latter.
         sm_scale: factor of the scores; 1 / sqrt(head_dim) by default.
         logits_soft_cap: scores become `cap * tanh(score / cap)`; None for no cap.
 
     Raises:
-        TensorError: `manager` has no KV memory.
+        TensorError: `manager` has no KV memory, or memory that the backend does not read.
         BadValueError: a number of heads that does not fit, an unknown backend, or a scale or cap that is not a positive
             number.
+        MissingExtraError: the backend's package is not installed.
     """
 
     def __init__(
@@ -85,8 +101,8 @@ class PagedAttention:
             raise BadValueError(f"num_qo_heads {num_qo_heads} is no multiple of the cache's {manager.num_heads} heads")
         scale = 1 / math.sqrt(manager.head_dim) if sm_scale is None else _positive("sm_scale", sm_scale)
         cap = None if logits_soft_cap is None else _positive("logits_soft_cap", logits_soft_cap)
-        self.backend = "torch" if backend == "auto" else backend
-        self._impl = _backend_class(self.backend)(manager, self.num_qo_heads, scale, cap)
+        self.backend = _best_backend(manager) if backend == "auto" else backend
+        self._impl: Backend = _backend_class(self.backend)(manager, self.num_qo_heads, scale, cap)
         self._plan: BatchPlan | None = None
         self._prepared: Any = None
         self._rows: torch.Tensor | None = None
@@ -115,7 +131,8 @@ class PagedAttention:
         The plan before stays if this raises. Cost: O(pages) on the CPU.
         """
         plan = plan_batch(self.manager, packed, query_lens, causal=causal)
-        rows = None if plan.rows is None else torch.from_numpy(plan.rows).to(self.manager.device)
+        permute = plan.rows is not None and not self._impl.orders_rows
+        rows = torch.from_numpy(plan.rows).to(self.manager.device) if permute else None
         prepared = self._impl.prepare(plan)
         self._plan, self._prepared, self._rows = plan, prepared, rows
 
@@ -152,9 +169,9 @@ class PagedAttention:
         self._check_queries(q, self._plan.num_rows)
         with torch.no_grad():
             if self._rows is None:
-                out, lse = self._impl.run(q, layer, self._prepared)
+                out, lse = self._impl.run(q, layer, self._prepared, return_lse=return_lse)
             else:
-                grouped_out, grouped_lse = self._impl.run(q[self._rows], layer, self._prepared)
+                grouped_out, grouped_lse = self._impl.run(q[self._rows], layer, self._prepared, return_lse=return_lse)
                 out, lse = torch.empty_like(grouped_out), torch.empty_like(grouped_lse)
                 out[self._rows], lse[self._rows] = grouped_out, grouped_lse
         return (out, lse) if return_lse else out
@@ -170,6 +187,13 @@ class PagedAttention:
             raise TensorError(f"q has shape {list(given.shape)} but the plan needs {wanted} (rows, heads, head_dim)")
         if given.device != self.manager.device:
             raise TensorError(f"q is on {given.device} but the cache on {self.manager.device}: move it there first")
+
+
+def _best_backend(manager: PagedKVCacheManager) -> str:
+    if manager.device.type != "cuda" or find_spec("flashinfer") is None:
+        return "torch"
+    reason: str | None = import_module("seqattn.attention.flashinfer_backend").why_not(manager)
+    return "torch" if reason is not None else "flashinfer"
 
 
 def _backend_class(name: str) -> type[Any]:

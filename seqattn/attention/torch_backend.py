@@ -71,6 +71,9 @@ class TorchBackend:
         logits_soft_cap: bound of the scores, or None.
     """
 
+    #: rows come in group order
+    orders_rows = False
+
     def __init__(
         self, manager: PagedKVCacheManager, num_qo_heads: int, sm_scale: float, logits_soft_cap: float | None
     ) -> None:
@@ -83,13 +86,21 @@ class TorchBackend:
         """What `run` needs of a plan: for each level its padded batches."""
         return [self._batches(_items(level, self._max_rows(level))) for level in plan.levels]
 
-    def run(self, q: torch.Tensor, layer: int, prepared: list[list[_Batch]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self,
+        q: torch.Tensor,
+        layer: int,
+        prepared: list[list[_Batch]],
+        *,
+        return_lse: bool,  # noqa: ARG002  it is computed anyway
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and base-2 log-sum-exp of rows in group order.
 
         Args:
             q: [rows, num_qo_heads, head_dim].
             layer: the layer of the cache to read.
             prepared: what `prepare` returned.
+            return_lse: no matter.
 
         Returns:
             Output like `q`, and float32 [rows, num_qo_heads]; a row that sees nothing has output 0 and -inf.

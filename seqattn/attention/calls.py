@@ -1,0 +1,197 @@
+"""A planned batch as calls of attention kernels, and how their results come together; numpy only.
+
+A call computes groups of rows over lists of pages. Rows of one call lie back to back, either in the caller's queries or
+in a buffer of gathered queries; its results, the parts, follow those of the call before:
+
+    3 sequences, order as the caller's, 5 shared pages in 2 slices, heads 2 for each KV head
+    call 0   fa3      2 slices of 3 rows     gathered queries 0..6, by group     parts 0..6
+    call 1   decode   3 sequences            the caller's queries                parts 6..9
+    merge    row 0    parts 0 3 6            codes [1 7 12]      2 * part + by_group
+             row 1    parts 1 4 7            codes [3 9 14]
+             row 2    parts 2 5 8            codes [5 11 16]
+
+fa3 does not share a KV head among its query heads, and computes 128 rows at a time: its rows are laid out by group
+(`seqattn.kernels`), so that few sequences fill a tile. It does not split long lists of pages either: it gets them in
+slices, each with the same queries once more.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from attrs import define, field
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from seqattn.attention.plan import BatchPlan, LevelPlan
+
+    Int64Array = npt.NDArray[np.int64]
+    Int32Array = npt.NDArray[np.int32]
+
+__all__ = ["Choice", "KernelCall", "Work", "work_of"]
+
+
+@define(slots=True, frozen=True)
+class Choice:
+    """How a level is computed.
+
+    Attributes:
+        kernel: "decode" for one row each, else one of the two prefill kernels.
+        slices: of the longest list of pages, for fa3 above the last level; shorter ones are cut to the same length.
+    """
+
+    kernel: Literal["decode", "fa2", "fa3"]
+    slices: int = 1
+
+
+@define(slots=True, frozen=True, eq=False)
+class KernelCall:
+    """Groups of rows for one call; all arrays int32 on the CPU.
+
+    Attributes:
+        kernel: as in `Choice`.
+        qo_indptr: where each group's rows begin, [groups + 1]; by group, heads_each of them for each query row.
+        kv_page_indptr, kv_page_indices, kv_last_page_len: the groups' pages, as in packed data.
+        causal: rows are the last tokens of their group.
+        by_group: how queries and results are laid out.
+        first_query: where its rows begin among the gathered queries; None for the caller's queries as they are.
+        first_part: where its rows begin among the parts.
+        num_rows: its query rows.
+    """
+
+    kernel: Literal["decode", "fa2", "fa3"]
+    qo_indptr: Int32Array
+    kv_page_indptr: Int32Array
+    kv_page_indices: Int32Array
+    kv_last_page_len: Int32Array
+    causal: bool
+    by_group: bool
+    first_query: int | None
+    first_part: int
+    num_rows: int
+
+
+@define(slots=True, frozen=True, eq=False)
+class Work:
+    """All calls of a batch; drawn at the top of this file.
+
+    Attributes:
+        calls: coarsest level first.
+        query_codes: for each gathered query its row with the caller and its way, int32.
+        part_indptr: where each caller's row begins in `part_codes`, int32 [rows + 1].
+        part_codes: for each row its parts and their way, int32.
+        num_parts: rows of all calls.
+        direct: the one call has the caller's rows, in order: its results are the batch's.
+    """
+
+    calls: tuple[KernelCall, ...]
+    query_codes: Int32Array
+    part_indptr: Int32Array
+    part_codes: Int32Array
+    num_parts: int
+    direct: bool
+
+
+def work_of(plan: BatchPlan, choices: Sequence[Choice], heads_each: int, page_size: int) -> Work:
+    """The calls for a batch, level by level; groups without rows or pages are left out. O(pages + parts)."""
+    rows = np.arange(plan.num_rows) if plan.rows is None else plan.rows
+    builder = _Builder(rows, plan.rows is None, heads_each, page_size)
+    for i, (level, choice) in enumerate(zip(plan.levels, choices, strict=True)):
+        builder.add(level, choice, is_last=i == len(plan.levels) - 1)
+    return builder.work()
+
+
+@define(slots=True, eq=False)
+class _Builder:
+    """Calls so far, with what has been gathered for them."""
+
+    rows: Int64Array  # the caller's row of each row in group order
+    in_order: bool  # they are the same
+    heads_each: int
+    page_size: int
+    calls: list[KernelCall] = field(factory=list)
+    queries: list[Int64Array] = field(factory=list)  # codes of the gathered queries of each call
+    parts: list[tuple[Int64Array, Int64Array]] = field(factory=list)  # the caller's rows and the codes of their parts
+    num_queries: int = 0
+    num_parts: int = 0
+
+    def add(self, level: LevelPlan, choice: Choice, *, is_last: bool) -> None:
+        """Makes a level a call, unless nothing in it is to be read."""
+        lens, num_pages = np.diff(level.qo_indptr), np.diff(level.kv_page_indptr)
+        groups = np.flatnonzero((lens > 0) & (num_pages > 0))
+        if not len(groups):
+            return
+        by_group = choice.kernel == "fa3" and not is_last
+        slices = _num_slices(num_pages[groups], choice.slices) if by_group else np.ones_like(groups)
+        which, nth = np.repeat(groups, slices), _ranges(np.zeros_like(slices), slices)
+        num_slices = np.repeat(slices, slices)
+        begin, end = (num_pages[which] * i // num_slices for i in (nth, nth + 1))
+        kv_page_indptr = _indptr(end - begin)
+        last = (level.kv_lens[which] - 1) % self.page_size + 1
+        pages = level.kv_page_indices
+        if kv_page_indptr[-1] != len(pages):
+            pages = pages[_ranges(level.kv_page_indptr[groups], level.kv_page_indptr[groups + 1])]
+        at = _ranges(level.qo_indptr[which], level.qo_indptr[which + 1])
+        self.calls.append(
+            KernelCall(
+                choice.kernel,
+                _indptr(lens[which] * (self.heads_each if by_group else 1)),
+                kv_page_indptr,
+                pages,
+                np.where(end == num_pages[which], last, self.page_size).astype(np.int32),
+                causal=level.causal,
+                by_group=by_group,
+                first_query=self._gather(at, by_group=by_group),
+                first_part=self.num_parts,
+                num_rows=len(at),
+            )
+        )
+        self.parts.append((self.rows[at], 2 * np.arange(self.num_parts, self.num_parts + len(at)) + by_group))
+        self.num_parts += len(at)
+
+    def _gather(self, at: Int64Array, *, by_group: bool) -> int | None:
+        """Notes the queries at these rows of the group order; None if they are the caller's as they are."""
+        if self.in_order and len(at) == len(self.rows) and (not by_group or self.heads_each == 1):
+            return None  # without slices, groups follow one another
+        self.queries.append(2 * self.rows[at] + by_group)
+        self.num_queries += len(at)
+        return self.num_queries - len(at)
+
+    def work(self) -> Work:
+        """What was added, with the parts of each row together."""
+        none = np.zeros(0, dtype=np.int64)
+        rows, codes = (np.concatenate([none, *(part[i] for part in self.parts)]) for i in (0, 1))
+        by_row = np.argsort(rows, kind="stable")
+        return Work(
+            tuple(self.calls),
+            np.concatenate([none, *self.queries]).astype(np.int32),
+            _indptr(np.bincount(rows, minlength=len(self.rows))),
+            codes[by_row].astype(np.int32),
+            self.num_parts,
+            direct=len(self.calls) == 1 and self.num_parts == len(self.rows) and not self.num_queries,
+        )
+
+
+def _num_slices(num_pages: Int64Array, slices: int) -> Int64Array:
+    """Slices of each list of pages, so that none is longer than those of the longest."""
+    most = -(-int(num_pages.max()) // slices)
+    slices_of_each: Int64Array = -(-num_pages // most)
+    return slices_of_each
+
+
+def _ranges(begin: Int64Array, end: Int64Array) -> Int64Array:
+    """The numbers from `begin[0]` to `end[0]`, then those from `begin[1]`, and so on."""
+    lens = end - begin
+    before = np.cumsum(lens) - lens
+    numbers: Int64Array = np.arange(int(lens.sum())) + np.repeat(begin - before, lens)
+    return numbers
+
+
+def _indptr(lens: npt.NDArray[np.integer]) -> Int32Array:
+    indptr = np.zeros(len(lens) + 1, dtype=np.int32)
+    np.cumsum(lens, out=indptr[1:])
+    return indptr

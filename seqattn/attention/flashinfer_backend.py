@@ -1,0 +1,239 @@
+"""Attention with flashinfer's kernels on CUDA.
+
+A step is planned once and run in every layer. What a step does in one layer:
+
+    gather queries ─┬─ top shared level (fa3 in slices, or fa2)  ── main stream ──┬─ merge
+                    └─ lower shared levels, then the last level  ── side stream ──┘
+
+A plain batch in the caller's order is one kernel, without gathering and merging.
+
+What flashinfer leaves to its callers is settled here:
+
+- Offsets and lengths are int32 and come from the CPU, so that planning never waits for the device.
+- A wrapper's plan is copied from pinned memory that the next plan would overwrite. Wrappers come in two sets, used in
+  turn; a set is planned anew only after its copies are done. So a plan that fails leaves the one before as it was.
+- Workspaces are sized for the plan before it is made; each stream has its own.
+- Groups without pages or rows never reach a kernel, and no row is merged with a part that nothing computed.
+- Query and cache dtypes, page sizes and layouts come from the manager. Positions are the caller's: keys are written
+  with theirs, and no kernel is asked for position encodings or sliding windows, which levels would get wrong.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define
+
+from seqattn.attention.calls import KernelCall, Work, work_of
+from seqattn.attention.choice import choose
+from seqattn.attention.wrappers import WrapperSet
+from seqattn.errors import MissingExtraError, SeqAttnError, TensorError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from seqattn.attention.calls import Choice
+    from seqattn.attention.plan import BatchPlan
+    from seqattn.cache import PagedKVCacheManager
+
+__all__ = ["FlashInferBackend", "why_not"]
+
+_DTYPES = (torch.float16, torch.bfloat16)
+_HEAD_DIMS = (64, 128, 256)
+
+
+def why_not(manager: PagedKVCacheManager) -> str | None:
+    """Why these kernels cannot read a manager's cache; None if they can."""
+    if manager.device.type != "cuda":
+        return f"the cache is on {manager.device}, not on CUDA"
+    if manager.dtype not in _DTYPES:
+        return f"the cache holds {manager.dtype}, not float16 or bfloat16"
+    if manager.head_dim not in _HEAD_DIMS:
+        return f"head_dim is {manager.head_dim}, not one of {_HEAD_DIMS}"
+    return None
+
+
+@define(slots=True, frozen=True, eq=False)
+class _Prepared:
+    """A planned step: the calls with their wrappers, and int32 tensors on the device."""
+
+    work: Work
+    wrappers: list[Any]
+    query_codes: torch.Tensor
+    part_indptr: torch.Tensor
+    part_codes: torch.Tensor
+
+
+class FlashInferBackend:
+    """Computes a planned batch over a manager's pages; the arguments are those of `TorchBackend`.
+
+    Attributes:
+        overlap: compute the top shared level and the others at the same time, on two streams.
+
+    Raises:
+        MissingExtraError: flashinfer is not installed.
+        TensorError: a cache that its kernels do not read.
+    """
+
+    #: rows come in the caller's order
+    orders_rows = True
+
+    def __init__(
+        self, manager: PagedKVCacheManager, num_qo_heads: int, sm_scale: float, logits_soft_cap: float | None
+    ) -> None:
+        if find_spec("flashinfer") is None:
+            raise MissingExtraError("flashinfer", "flashinfer")
+        reason = why_not(manager)
+        if reason is not None:
+            raise TensorError(f"backend 'flashinfer' cannot be used: {reason}; use backend='torch'")
+        self.manager = manager
+        self.device = manager.device
+        self.num_qo_heads = num_qo_heads
+        self.heads_each = num_qo_heads // manager.num_heads
+        self.sm_scale = sm_scale
+        self.logits_soft_cap = logits_soft_cap
+        self.overlap = True
+        properties = torch.cuda.get_device_properties(self.device)
+        self.num_processors = properties.multi_processor_count
+        self.has_fa3 = properties.major == 9
+        workspaces: dict[int, torch.Tensor] = {}
+        self._sets = tuple(WrapperSet(manager, num_qo_heads, self.num_processors, workspaces) for _ in range(2))
+        self._turn = 0
+        self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    # -- planning ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, plan: BatchPlan, choices: Sequence[Choice] | None = None) -> _Prepared:
+        """Plans every level of a batch; what was prepared last stays valid until the call after this one.
+
+        Args:
+            plan: the batch.
+            choices: how to compute each level; None for what is predicted to be fastest.
+        """
+        with torch.cuda.device(self.device):
+            if torch.cuda.is_current_stream_capturing():
+                raise SeqAttnError("plan cannot be captured in a CUDA graph: plan first, then capture run")
+            work = work_of(plan, choices or choose(plan, self), self.heads_each, self.manager.page_size)
+            wrappers = self._sets[self._turn]
+            with wrappers.in_use():
+                prepared = self._plan_calls(wrappers, work)
+        self._turn = 1 - self._turn
+        return prepared
+
+    def _plan_calls(self, wrappers: WrapperSet, work: Work) -> _Prepared:
+        """Sends the page numbers and codes to the device in one copy, and plans a wrapper for each call."""
+        pages = [call.kv_page_indices for call in work.calls]
+        codes = (work.query_codes, work.part_indptr, work.part_codes)
+        on_device, offsets = wrappers.stage(
+            [*pages, *codes],
+            [part for call in work.calls for part in (call.qo_indptr, call.kv_page_indptr, call.kv_last_page_len)],
+        )
+        planned = []
+        for i, call in enumerate(work.calls):
+            nth = sum(other.kernel == call.kernel for other in work.calls[:i])
+            wrapper = wrappers.sized(call, _lane(i, work), nth)
+            qo_indptr, kv_page_indptr, last = offsets[3 * i : 3 * i + 3]
+            self._plan_call(wrapper, call, (qo_indptr, kv_page_indptr, on_device[i], last))
+            planned.append(wrapper)
+        return _Prepared(work, planned, *on_device[len(pages) :])
+
+    def _plan_call(self, wrapper: Any, call: KernelCall, tables: tuple[torch.Tensor, ...]) -> None:  # noqa: ANN401  flashinfer's, untyped
+        manager = self.manager
+        sizes = (manager.num_heads if call.by_group else self.num_qo_heads, manager.num_heads, manager.head_dim)
+        common = {
+            "q_data_type": manager.dtype,
+            "kv_data_type": manager.dtype,
+            "sm_scale": self.sm_scale,
+            "logits_soft_cap": self.logits_soft_cap,
+        }
+        if call.kernel == "decode":
+            wrapper.plan(*tables[1:], *sizes, manager.page_size, **common)
+        else:
+            wrapper.plan(*tables, *sizes, manager.page_size, causal=call.causal, **common)
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def run(
+        self, q: torch.Tensor, layer: int, prepared: _Prepared, *, return_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and base-2 log-sum-exp of rows in the caller's order; lse is empty unless it is asked for.
+
+        Args:
+            q: [rows, num_qo_heads, head_dim], of the cache's dtype.
+            layer: the layer of the cache to read.
+            prepared: what `prepare` returned.
+            return_lse: whether the log-sum-exp is wanted.
+
+        Raises:
+            TensorError: `q` is of another dtype.
+        """
+        if q.dtype != self.manager.dtype:
+            raise TensorError(f"q is {q.dtype} but the cache holds {self.manager.dtype}: the kernels read one dtype")
+        caches, work = self.manager.layer_tensors(layer), prepared.work
+        q = q if q.stride(-1) == 1 else q.contiguous()
+        with torch.cuda.device(self.device):
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            lse = torch.empty(q.shape[:2] if return_lse or not work.direct else 0, dtype=torch.float32, device=q.device)
+            if work.direct:
+                self._run_direct(q, caches, prepared, (out, lse), return_lse=return_lse)
+            elif len(q):
+                self._run_parts(q, caches, prepared, (out, lse))
+        return out, lse
+
+    def _run_direct(
+        self,
+        q: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        prepared: _Prepared,
+        results: tuple[torch.Tensor, torch.Tensor],
+        *,
+        return_lse: bool,
+    ) -> None:
+        out, lse = results
+        if return_lse:
+            prepared.wrappers[0].run(q, caches, out=out, lse=lse, return_lse=True)
+        else:
+            prepared.wrappers[0].run(q, caches, out=out)
+
+    def _run_parts(
+        self,
+        q: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        prepared: _Prepared,
+        results: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        from seqattn.kernels import gather_queries, merge_parts
+
+        work = prepared.work
+        gathered = q.new_empty(len(work.query_codes), *q.shape[1:])
+        if len(gathered):
+            gather_queries(q, prepared.query_codes, gathered, self.heads_each)
+        part_out = q.new_empty(work.num_parts, *q.shape[1:])
+        part_lse = torch.empty(part_out.shape[:2], dtype=torch.float32, device=q.device)
+        main = torch.cuda.current_stream()
+        two_streams = self.overlap and any(_lane(i, work) for i in range(len(work.calls)))
+        if two_streams:
+            self._side.wait_stream(main)
+        for i, (call, wrapper) in enumerate(zip(work.calls, prepared.wrappers, strict=True)):
+            rows = slice(call.first_part, call.first_part + call.num_rows)
+            queries = q if call.first_query is None else gathered[call.first_query : call.first_query + call.num_rows]
+            tensors = [self._laid_out(tensor, call) for tensor in (queries, part_out[rows], part_lse[rows])]
+            with torch.cuda.stream(self._side if two_streams and _lane(i, work) else main):
+                wrapper.run(tensors[0], caches, out=tensors[1], lse=tensors[2], return_lse=True)
+        if two_streams:
+            main.wait_stream(self._side)
+        codes = (prepared.part_indptr, prepared.part_codes)
+        merge_parts(part_out, part_lse, *codes, *results, heads_each=self.heads_each)
+
+    def _laid_out(self, tensor: torch.Tensor, call: KernelCall) -> torch.Tensor:
+        """Rows of queries or results as the call's kernel sees them."""
+        if not call.by_group or self.heads_each == 1:
+            return tensor
+        return tensor.view(-1, self.manager.num_heads, *tensor.shape[2:])
+
+
+def _lane(i: int, work: Work) -> int:
+    """The stream of a call: the first of several runs on the main one, the others on the side."""
+    return int(i > 0 and len(work.calls) > 1)

@@ -1,0 +1,177 @@
+"""flashinfer's kernels against float32 attention on the GPU: random forests, fresh inputs, poisoned memory."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from seqattn.attention import PagedAttention
+from seqattn.attention.calls import Choice
+from seqattn.attention.plan import plan_batch
+from seqattn.cache import PagedKVCacheManager
+from seqattn.errors import SeqAttnError, TensorError
+from tests.gpu.batches import MOST_ERROR, Case, attend, fill, hybrid, plain, random_batch, relative_error
+from tests.seqattn.truth import Batch, int32
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+
+HEADS = [(32, 8), (32, 32), (8, 1)]
+CASES = [
+    *(Case(*heads, 128, page_size, torch.bfloat16) for heads, page_size in product(HEADS, (1, 16, 64))),
+    Case(32, 8, 128, 16, torch.bfloat16, "HND"),
+    Case(32, 8, 128, 16, torch.float16),
+    Case(32, 8, 64, 16, torch.bfloat16),
+    Case(32, 32, 64, 16, torch.float16),
+    Case(8, 1, 64, 64, torch.float16),
+]
+
+
+def poison() -> None:
+    """Fills freed memory with NaN, so that an output that is not written shows."""
+    blocks = [torch.full((1 << 22,), float("nan"), device="cuda") for _ in range(8)]
+    blocks += [torch.full((1 << n,), float("nan"), device="cuda") for n in range(8, 20)]
+    del blocks
+
+
+def check(
+    attention: PagedAttention, batch: Batch, generator: torch.Generator, *, causal: bool = True, layer: int = 0
+) -> None:
+    """Runs what is planned on fresh queries."""
+    manager = attention.manager
+    shape = (sum(batch.query_lens), attention.num_qo_heads, manager.head_dim)
+    q = torch.randn(shape, generator=generator, device="cuda").to(manager.dtype)
+    expected_out, expected_lse = attend(manager, batch, q, causal=causal, layer=layer)
+    poison()
+    out, lse = attention.run(q, layer=layer, return_lse=True)
+    assert relative_error(out, expected_out) < MOST_ERROR[manager.dtype]
+    assert relative_error(lse, expected_lse) < 1e-3
+    poison()
+    assert torch.equal(attention.run(q, layer=layer), out)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("most_rows", [1, 9, 300])
+def test_plain_and_hybrid_attention_are_dense_attention(case: Case, most_rows: int) -> None:
+    for seed in range(3):
+        batch = random_batch(100 * most_rows + seed, case.page_size, most_rows=most_rows)
+        manager = case.manager(batch)
+        generator = fill(manager, seed)
+        attention = PagedAttention(manager, case.num_qo_heads)
+        assert attention.backend == "flashinfer"
+        attention.plan(plain(batch), query_lens=batch.query_lens)
+        check(attention, batch, generator)
+        attention.plan(hybrid(batch))
+        check(attention, batch, generator)
+        attention.plan(hybrid(batch), causal=False)
+        check(attention, batch, generator, causal=False)
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3, 8, 50])
+@pytest.mark.parametrize("kernel", ["fa2", "fa3"])
+@pytest.mark.parametrize("overlap", [False, True], ids=["one stream", "two streams"])
+def test_every_way_to_compute_a_level_is_right(kernel: str, slices: int, overlap: bool) -> None:
+    case = Case(32, 8, 128, 16, torch.bfloat16)
+    batch = random_batch(slices, 16, most_rows=1)
+    manager = case.manager(batch, num_layers=2)
+    generator = fill(manager, 0)
+    attention = PagedAttention(manager, 32)
+    impl = attention._impl
+    impl.overlap = overlap  # type: ignore[attr-defined]
+    data = hybrid(batch)
+    attention.plan(data)
+    plan = plan_batch(manager, data, None, causal=True)
+    choices = [Choice(kernel, slices)] * (len(plan.levels) - 1)  # type: ignore[arg-type]
+    attention._prepared = impl.prepare(plan, [*choices, Choice("decode")])  # type: ignore[call-arg]
+    for layer in range(2):
+        check(attention, batch, generator, layer=layer)
+
+
+def test_plans_may_follow_one_another_while_the_device_lags() -> None:
+    """Forty plans without a wait: each run must see its own pages."""
+    case = Case(32, 8, 128, 16, torch.bfloat16)
+    batches = [random_batch(seed, 16, most_rows=1) for seed in range(40)]
+    largest = max(batches, key=lambda batch: max(int(table.max()) for table in batch.tables))
+    manager = case.manager(largest)
+    fill(manager, 0)
+    attention = PagedAttention(manager, 32)
+    queries = [torch.randn(len(b.tables), 32, 128, device="cuda", dtype=torch.bfloat16) for b in batches]
+    attention.plan(hybrid(batches[0]))
+    attention.run(queries[0])  # what is compiled at first use is out of the way
+    torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+    outs = []
+    for batch, q in zip(batches, queries, strict=True):
+        attention.plan(hybrid(batch))
+        outs.append(attention.run(q))
+    for batch, q, out in zip(batches, queries, outs, strict=True):
+        assert relative_error(out, attend(manager, batch, q)[0]) < 1e-2
+
+
+def test_a_plan_that_fails_leaves_the_plan_before() -> None:
+    case = Case(32, 8, 128, 16, torch.bfloat16)
+    batch = random_batch(5, 16, most_rows=1)
+    manager = case.manager(batch)
+    generator = fill(manager, 0)
+    attention = PagedAttention(manager, 32)
+    attention.plan(hybrid(batch))
+    with pytest.raises(TensorError):
+        attention.plan([[0, 1]])  # type: ignore[arg-type]
+    check(attention, batch, generator)
+
+
+def test_rows_that_see_nothing_and_sequences_without_rows() -> None:
+    from seqattn.packed import FlashInferPackedData
+
+    manager = PagedKVCacheManager(8, 16, 8, 128, torch.bfloat16, "cuda")
+    fill(manager, 0)
+    attention = PagedAttention(manager, 32)
+    packed = FlashInferPackedData(int32(3, 4), int32(0, 1, 1, 2), int32(16, 0, 7))
+    attention.plan(packed, query_lens=[0, 2, 1], causal=False)
+    q = torch.randn(3, 32, 128, device="cuda", dtype=torch.bfloat16)
+    poison()
+    out, lse = attention.run(q, return_lse=True)
+    assert not out[:2].any()
+    assert (lse[:2] == -torch.inf).all()
+    assert torch.isfinite(out[2]).all()
+    assert torch.isfinite(lse[2]).all()
+    attention.plan(FlashInferPackedData(int32(), int32(0), int32()))
+    assert list(attention.run(q[:0]).shape) == [0, 32, 128]
+
+
+def test_queries_of_another_dtype_and_plans_in_a_capture_are_refused() -> None:
+    case = Case(32, 8, 128, 16, torch.bfloat16)
+    batch = random_batch(5, 16, most_rows=1)
+    attention = PagedAttention(case.manager(batch), 32)
+    attention.plan(hybrid(batch))
+    with pytest.raises(TensorError, match="but the cache holds"):
+        attention.run(torch.zeros(len(batch.tables), 32, 128, device="cuda", dtype=torch.float16))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), pytest.raises(SeqAttnError, match="plan cannot be captured"):
+        attention.plan(hybrid(batch))
+
+
+def test_a_cache_that_the_kernels_do_not_read_gets_the_torch_backend() -> None:
+    for dtype, head_dim in ((torch.float32, 128), (torch.bfloat16, 80)):
+        manager = PagedKVCacheManager(4, 16, 2, head_dim, dtype, "cuda")
+        assert PagedAttention(manager, 2).backend == "torch"
+        with pytest.raises(TensorError, match="use backend='torch'"):
+            PagedAttention(manager, 2, backend="flashinfer")
+
+
+def test_run_can_be_captured_in_a_graph() -> None:
+    case = Case(32, 8, 128, 16, torch.bfloat16)
+    batch = random_batch(6, 16, most_rows=1)
+    manager = case.manager(batch)
+    fill(manager, 0)
+    attention = PagedAttention(manager, 32)
+    attention.plan(hybrid(batch))
+    q = torch.randn(len(batch.tables), 32, 128, device="cuda", dtype=torch.bfloat16)
+    attention.run(q)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention.run(q)
+    for _ in range(3):
+        q.normal_()
+        graph.replay()
+        assert relative_error(out, attend(manager, batch, q)[0]) < 1e-2
