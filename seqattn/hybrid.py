@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     Int64Array = npt.NDArray[np.int64]
 
-__all__ = ["CostModel", "check_hybrid", "pack_hybrid", "predict_us"]
+__all__ = ["CostModel", "check_hybrid", "pack_hybrid", "pack_runs", "predict_us"]
 
 
 def pack_hybrid(
@@ -74,14 +74,39 @@ def pack_hybrid(
     model = _model(cost_model)
     order, runs = build_forest(tables, ((lens - rows) // page_size).tolist())
     rows_before = np.concatenate(([0], np.cumsum(rows[order])))
+    kept = None
     if model is not None and runs:
         kept = runs_that_pay(runs, rows_before, page_size, model)
+    return pack_runs(tables, lens, rows, (order, runs), kept, page_size=page_size)
+
+
+def pack_runs(
+    tables: Sequence[PageArray],
+    lens: Int64Array,
+    rows: Int64Array,
+    forest: tuple[list[int], list[Run]],
+    kept: list[bool] | None,
+    *,
+    page_size: int,
+) -> FlashInferHybridData:
+    """The batch with these runs of its forest as groups; unchecked.
+
+    Args:
+        tables: each sequence's page table.
+        lens: its tokens, int64 [batch].
+        rows: its query rows, int64 [batch].
+        forest: what `build_forest` returned.
+        kept: for each run whether to keep it; None keeps all. Without any the order is the caller's.
+        page_size: token slots in a page.
+    """
+    order, runs = forest
+    if kept is not None:
         runs = _without(runs, kept)
-        if not runs:
-            order = list(range(len(tables)))
-            rows_before = np.concatenate(([0], np.cumsum(rows)))
-    levels = _shared_levels(runs, [tables[i] for i in order], rows_before, page_size)
-    levels.append(_last_level(runs, [tables[i] for i in order], rows_before, (lens[order] - 1) % page_size + 1))
+        order = order if runs else list(range(len(tables)))
+    ordered = [tables[i] for i in order]
+    rows_before = np.concatenate(([0], np.cumsum(rows[order])))
+    levels = _shared_levels(runs, ordered, rows_before, page_size)
+    levels.append(_last_level(runs, ordered, rows_before, (lens[order] - 1) % page_size + 1))
     return FlashInferHybridData.trusted(tuple(levels), torch.tensor(order, dtype=torch.int64))
 
 

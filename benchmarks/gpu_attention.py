@@ -1,0 +1,244 @@
+"""Decode attention on a GPU: plain, flashinfer's own cascade, and levels composed and chosen by this library.
+
+    python -m benchmarks.gpu_attention --out DIR [--only known|random] [--every-choice] [--heads 32 8 128]
+
+Writes a row for each measurement to DIR/rows.jsonl and prints a table. A step is planned once and run in four layers,
+each with memory of its own, so that the L2 cache keeps nothing from one replay to the next; times are a layer's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import flashinfer
+import numpy as np
+import torch
+
+from benchmarks.gpu_shapes import KNOWN, PAGE_SIZE, Shape, random_shapes, tables_of
+from benchmarks.gpu_timing import copy_rate, device_us, host_us, matrix_rate
+from seqattn import PagedAttention, PagedKVCacheManager
+from seqattn.attention.calls import Choice
+from seqattn.attention.plan import plan_batch
+from seqattn.forest import build_forest
+from seqattn.hybrid import pack_hybrid, pack_runs
+from seqattn.packed import FlashInferHybridData
+from tests.gpu.batches import attend, relative_error
+from tests.seqattn.truth import Batch
+
+NUM_LAYERS = 4
+DTYPE = torch.bfloat16
+SLICES = (1, 2, 4, 8)
+
+
+class Step:
+    """A batch in memory, with what is needed to compute it in every way."""
+
+    def __init__(self, shape: Shape, heads: Sequence[int], seed: int) -> None:
+        self.shape = shape
+        self.num_qo_heads, num_kv_heads, head_dim = heads
+        self.tables = tables_of(shape, seed)
+        self.lens = np.array([len(table) * PAGE_SIZE for table in self.tables], dtype=np.int64)
+        self.ones = np.ones_like(self.lens)
+        num_pages = 1 + max(int(table.max()) for table in self.tables)
+        sizes = (num_pages, PAGE_SIZE, num_kv_heads, head_dim, DTYPE)
+        self.manager = PagedKVCacheManager(*sizes, "cuda", num_layers=NUM_LAYERS)
+        for cache in self.manager.get_memory_tensors():
+            cache.normal_()
+        self.q = torch.randn(shape.batch, self.num_qo_heads, head_dim, device="cuda", dtype=DTYPE)
+        self.attention = PagedAttention(self.manager, self.num_qo_heads, backend="flashinfer")
+        self.forest = build_forest(self.tables, ((self.lens - 1) // PAGE_SIZE).tolist())
+        self.bytes = num_pages * PAGE_SIZE * num_kv_heads * head_dim * 4
+
+    def packed(self, cost_model: Any) -> FlashInferHybridData:  # noqa: ANN401  what pack_hybrid takes
+        """Levels as the planner would have them."""
+        return pack_hybrid(self.tables, self.lens, page_size=PAGE_SIZE, query_lens=None, cost_model=cost_model)
+
+    def layers(self) -> None:
+        """The planned step in every layer."""
+        for layer in range(NUM_LAYERS):
+            self.attention.run(self.q, layer=layer)
+
+    def choose(self, data: FlashInferHybridData, choices: Sequence[Choice] | None) -> None:
+        """Plans levels with these kernels."""
+        self.attention.plan(data)
+        if choices is not None:
+            plan = plan_batch(self.manager, data, None, causal=True)
+            self.attention._prepared = self.attention._impl.prepare(plan, choices)  # type: ignore[call-arg]
+
+    def error(self) -> float:
+        """Relative error of the planned step on fresh queries, in the last layer."""
+        self.q.normal_()
+        batch = Batch(PAGE_SIZE, self.tables, self.lens.tolist(), [1] * len(self.tables))
+        layer = NUM_LAYERS - 1
+        out = self.attention.run(self.q, layer=layer)
+        return relative_error(out, attend(self.manager, batch, self.q, layer=layer)[0])
+
+    def work_us(self, rates: dict[str, float]) -> float:
+        """The serial bound: every page once at the rate of a copy, every shared token's matrix work at 700 TFLOP/s."""
+        _, runs = self.forest
+        head_dim = self.manager.head_dim
+        shared = sum((run.stop - run.first) * (run.end - run.begin) * PAGE_SIZE for run in runs)
+        return self.bytes / rates["copy"] * 1e6 + 4 * shared * self.num_qo_heads * head_dim / 700e12 * 1e6
+
+
+def plain_by_hand(step: Step) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The decode wrapper of flashinfer as its documentation has it: plan, and a run of every layer."""
+    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    indptr = torch.from_numpy(np.concatenate(([0], np.cumsum(step.lens // PAGE_SIZE))).astype(np.int32))
+    indices = torch.from_numpy(np.concatenate(step.tables)).cuda()
+    last = torch.full((len(step.tables),), PAGE_SIZE, dtype=torch.int32)
+    manager = step.manager
+    sizes = (step.num_qo_heads, manager.num_heads, manager.head_dim, PAGE_SIZE)
+
+    def plan() -> None:
+        wrapper.plan(indptr, indices, last, *sizes, q_data_type=DTYPE, kv_data_type=DTYPE)
+
+    def run() -> None:
+        for layer in range(NUM_LAYERS):
+            wrapper.run(step.q, manager.layer_tensors(layer))
+
+    return plan, run
+
+
+def cascade_by_hand(step: Step) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The MultiLevelCascadeAttentionWrapper of flashinfer with every level of the forest."""
+    data = step.packed(None)
+    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(len(data.levels), workspace, "NHD")
+    manager = step.manager
+    sizes = (step.num_qo_heads, manager.num_heads, manager.head_dim, PAGE_SIZE)
+    names = ("qo_indptr", "kv_page_indptr", "kv_page_indices", "kv_last_page_len")
+    tables = [[getattr(level, name) for level in data.levels] for name in names]
+    tables[2] = [indices.cuda() for indices in tables[2]]
+
+    def plan() -> None:
+        wrapper.plan(*tables, *sizes, q_data_type=DTYPE, kv_data_type=DTYPE)
+
+    def run() -> None:
+        for layer in range(NUM_LAYERS):
+            wrapper.run(step.q, manager.layer_tensors(layer))
+
+    return plan, run
+
+
+def every_choice(step: Step) -> Iterator[tuple[str, FlashInferHybridData, list[Choice]]]:
+    """All subsets of the forest's depths, at most three levels, with every kernel for each."""
+    _, runs = step.forest
+    depths: list[int] = []
+    for run in runs:
+        depths.append(0 if run.parent is None else depths[run.parent] + 1)
+    ways = [Choice("fa2"), *(Choice("fa3", slices) for slices in SLICES)]
+    for size in range(min(2, len(set(depths))) + 1):
+        for kept in itertools.combinations(sorted(set(depths)), size):
+            data = pack_runs(
+                step.tables, step.lens, step.ones, step.forest, [d in kept for d in depths], page_size=PAGE_SIZE
+            )
+            for chosen in itertools.product(ways, repeat=size):
+                name = "+".join(f"{d}:{way.kernel}x{way.slices}" for d, way in zip(kept, chosen, strict=True))
+                yield name or "plain", data, [*chosen, Choice("decode")]
+
+
+def calls_alone(step: Step) -> list[dict[str, Any]]:
+    """Each call of the planned step by itself: what it computes, and its time."""
+    prepared = step.attention._prepared
+    heads_each = step.num_qo_heads // step.manager.num_heads
+    rows = []
+    for call, wrapper in zip(prepared.work.calls, prepared.wrappers, strict=True):
+        by_group = call.by_group
+        shape = (int(call.qo_indptr[-1]), step.manager.num_heads if by_group else step.num_qo_heads)
+        q = torch.randn(*shape, step.manager.head_dim, device="cuda", dtype=DTYPE)
+
+        def run(wrapper: Any = wrapper, q: torch.Tensor = q) -> None:  # noqa: ANN401  flashinfer's, untyped
+            for layer in range(NUM_LAYERS):
+                wrapper.run(q, step.manager.layer_tensors(layer), return_lse=True)
+
+        groups = np.diff(call.qo_indptr) // (heads_each if by_group else 1), np.diff(call.kv_page_indptr) * PAGE_SIZE
+        kinds, counts = np.unique(np.stack(groups), axis=1, return_counts=True)
+        rows.append(
+            {"kernel": call.kernel, "groups": [*kinds.tolist(), counts.tolist()], "us": device_us(run, NUM_LAYERS)[0]}
+        )
+    return rows
+
+
+def measure(step: Step, rates: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
+    """One shape in every way."""
+    row: dict[str, Any] = {
+        "shape": list(step.shape),
+        "name": str(step.shape),
+        "bound_us": round(step.work_us(rates), 1),
+    }
+    for name, make in (("plain", plain_by_hand), ("cascade", cascade_by_hand)):
+        plan, run = make(step)
+        plan()
+        row[f"{name}_us"], row[f"{name}_spread"] = device_us(run, NUM_LAYERS)
+        row[f"{name}_plan_us"], row[f"{name}_eager_us"] = host_us(plan), host_us(run) / NUM_LAYERS
+    data = step.packed("auto")
+    step.choose(data, None)
+    row["levels"] = len(data.levels)
+    row["kernels"] = [f"{c.kernel}:{len(c.kv_last_page_len)}" for c in step.attention._prepared.work.calls]
+    row["error"] = step.error()
+    row["ours_us"], row["ours_spread"] = device_us(step.layers, NUM_LAYERS)
+    row["ours_plan_us"], row["ours_eager_us"] = (
+        host_us(lambda: step.choose(data, None)),
+        host_us(step.layers) / NUM_LAYERS,
+    )
+    row["pack_us"] = host_us(lambda: step.packed("auto"))
+    if options.every_choice:
+        row["choices"] = {}
+        row["calls"] = []
+        for name, levels, choices in every_choice(step):
+            step.choose(levels, choices)
+            row["choices"][name] = device_us(step.layers, NUM_LAYERS)[0]
+            if "+" not in name:
+                row["calls"].append([name, calls_alone(step)])
+    return row
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", choices=["known", "random"])
+    parser.add_argument("--random", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every-choice", action="store_true")
+    parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128])
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rates = {"copy": copy_rate(), "matrix": matrix_rate()}
+    about = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "flashinfer": flashinfer.__version__,
+        "copy TB/s": round(rates["copy"] / 1e12, 2),
+        "matrix TFLOP/s": round(rates["matrix"] / 1e12),
+        "heads": options.heads,
+        "dtype": str(DTYPE),
+    }
+    print(json.dumps(about))
+    shapes = (KNOWN if options.only != "random" else []) + (
+        random_shapes(options.random, options.seed) if options.only != "known" else []
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "rows.jsonl").open("w", encoding="utf-8") as file:
+        print(json.dumps(about), file=file)
+        for shape in shapes:
+            row = measure(Step(shape, options.heads, options.seed), rates, options)
+            print(json.dumps(row), file=file, flush=True)
+            best = min(row.get("choices", {"": row["ours_us"]}).items(), key=lambda item: item[1])
+            print(
+                f"{row['name']:36} plain {row['plain_us']:8} cascade {row['cascade_us']:8} ours {row['ours_us']:8} "
+                f"{row['plain_us'] / row['ours_us']:5.2f}x best {best[1]:8} {best[0]:18} bound {row['bound_us']:7} "
+                f"error {row['error']:.1e} {row['kernels']}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Batches that the GPU benchmark computes: the shapes of the design and some drawn from a seed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["KNOWN", "PAGE_SIZE", "Shape", "random_shapes", "tables_of"]
+
+PAGE_SIZE = 16
+#: tokens of KV in one layer that a random shape has at most: 1 GiB with 8 KV heads of 128 elements in 16 bits
+_MOST_TOKENS = 1 << 18
+
+
+class Shape(NamedTuple):
+    """`systems` prompts of `system_len` tokens, each with `documents` of `document_len`; `own_len` for each sequence."""
+
+    batch: int
+    systems: int
+    system_len: int
+    documents: int
+    document_len: int
+    own_len: int
+
+    def __str__(self) -> str:
+        if self.documents == 1 and self.document_len == 0 and self.systems == 1:
+            return f"({self.batch}, {self.system_len}, {self.own_len})"
+        prompts = f"{self.systems}, {self.system_len}, {self.documents}, {self.document_len}"
+        return f"({prompts}, {self.own_len}) for {self.batch}"
+
+
+def _prefix(batch: int, shared: int, own: int) -> Shape:
+    return Shape(batch, 1, shared, 1, 0, own)
+
+
+#: one shared prefix: (batch, shared, own tokens); forests: systems, tokens, documents of each, tokens, own tokens
+KNOWN = [
+    _prefix(256, 8192, 512),
+    _prefix(256, 32768, 256),
+    _prefix(128, 16384, 256),
+    _prefix(512, 4096, 256),
+    _prefix(64, 32768, 1024),
+    _prefix(64, 8192, 512),
+    _prefix(64, 512, 2048),
+    _prefix(16, 1024, 256),
+    _prefix(8, 2048, 2048),
+    _prefix(64, 0, 2048),
+    _prefix(4, 8192, 128),
+    Shape(128, 2, 8192, 8, 8192, 512),
+    Shape(256, 1, 16384, 32, 2048, 128),
+    Shape(128, 4, 2048, 4, 4096, 256),
+    Shape(256, 8, 4096, 4, 256, 1024),
+    Shape(128, 1, 1024, 16, 512, 512),
+]
+
+
+def random_shapes(count: int, seed: int) -> list[Shape]:
+    """Shapes with sizes spread evenly over their orders of magnitude, a half of them forests."""
+    rng = np.random.default_rng(seed)
+
+    def size(low: int, high: int) -> int:
+        return int(np.exp(rng.uniform(np.log(low), np.log(high)))) // PAGE_SIZE * PAGE_SIZE
+
+    shapes: list[Shape] = []
+    while len(shapes) < count:
+        batch, own = int(rng.choice([8, 16, 32, 64, 128, 256, 512])), size(64, 4096)
+        if len(shapes) % 2:
+            systems, documents = int(2 ** rng.integers(0, 3)), int(2 ** rng.integers(1, 6))
+            shape = Shape(batch, systems, size(128, 32768), documents, size(128, 16384), own)
+        else:
+            shape = _prefix(batch, size(64, 65536), own)
+        num_prompts = shape.systems * shape.documents
+        tokens = shape.systems * shape.system_len + num_prompts * shape.document_len + batch * own
+        if tokens <= _MOST_TOKENS and 2 * num_prompts <= batch:
+            shapes.append(shape)
+    return shapes
+
+
+def tables_of(shape: Shape, seed: int) -> list[npt.NDArray[np.int32]]:
+    """Page tables of a shape, neighbours sharing the most; pages in random places."""
+    pages_each = [shape.system_len // PAGE_SIZE, shape.document_len // PAGE_SIZE, shape.own_len // PAGE_SIZE]
+    num_prompts = shape.systems * shape.documents
+    total = shape.systems * pages_each[0] + num_prompts * pages_each[1] + shape.batch * pages_each[2]
+    pages = np.random.default_rng(seed).permutation(total).astype(np.int32)
+    sizes = [shape.systems, num_prompts, shape.batch]
+    ends = np.cumsum([count * each for count, each in zip(sizes, pages_each, strict=True)])
+    parts = [
+        part.reshape(count, each)
+        for part, count, each in zip(np.split(pages, ends[:-1]), sizes, pages_each, strict=True)
+    ]
+    rows = np.arange(shape.batch)
+    prompts = rows * num_prompts // shape.batch
+    chosen = (prompts // shape.documents, prompts, rows)
+    whole = np.concatenate([part[index] for part, index in zip(parts, chosen, strict=True)], axis=1)
+    return list(np.ascontiguousarray(whole))
