@@ -184,6 +184,7 @@ def measure(step: Step, rates: dict[str, float], options: argparse.Namespace) ->
     row["kernels"] = [f"{c.kernel}:{len(c.kv_last_page_len)}" for c in step.attention._prepared.work.calls]
     row["error"] = step.error()
     row["ours_us"], row["ours_spread"] = device_us(step.layers, NUM_LAYERS)
+    row["plain_again_us"], _ = device_us(run, NUM_LAYERS)  # how much the clocks have moved meanwhile
     row["ours_plan_us"], row["ours_eager_us"] = (
         host_us(lambda: step.choose(data, None)),
         host_us(step.layers) / NUM_LAYERS,

@@ -15,7 +15,7 @@ _MOST_TOKENS = 1 << 18
 
 
 class Shape(NamedTuple):
-    """`systems` prompts of `system_len` tokens, each with `documents` of `document_len`; `own_len` for each sequence."""
+    """`systems` prompts of `system_len`, each with `documents` of `document_len`; `own_len` for each sequence."""
 
     batch: int
     systems: int

@@ -15,6 +15,10 @@ the L2 cache afterwards. Each level above the last adds `level_overhead_us`.
 
 The cost of a run depends on what is kept above it and on how many levels are left below it, and on nothing else; so the
 best choice is found exactly, from the leaves of the forest up.
+
+Kernels are not that simple: work comes in waves, and a level that leaves multiprocessors idle is cheaper in other
+slices. A model with a `Device` takes the best choice for each number of levels, by the costs above, and lets the
+device's own figures decide between them.
 """
 
 from __future__ import annotations
@@ -24,30 +28,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 from attrs import define, field
 
-from seqattn.errors import BadValueError
+from seqattn.device import Device, Heads, not_negative, positive_rate
 from seqattn.forest import Run
+from seqattn.groups import groups_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
-    from attrs import Attribute
 
     FloatArray = npt.NDArray[np.float64]
     Int64Array = npt.NDArray[np.int64]
 
 __all__ = ["CostModel", "runs_that_pay"]
 
-
-def _at_least_zero(_model: object, attribute: Attribute[float], value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise BadValueError(f"{attribute.name} must be a finite number of at least 0, not {value!r}")
-
-
-def _positive(model: object, attribute: Attribute[float], value: float) -> None:
-    _at_least_zero(model, attribute, value)
-    if value == 0:
-        raise BadValueError(f"{attribute.name} must be above 0: it divides")
+#: shared levels at most, where a device decides
+_MOST_LEVELS = 3
 
 
 @define(slots=True, frozen=True)
@@ -68,24 +64,49 @@ class CostModel:
         flops_per_s: rate of the matrix work of a shared level: the slope of a shared level over the same.
         level_overhead_us: what one level above the last adds, in microseconds: a launch, its ramp and tail, a merge.
         launch_us: what a step costs before it reads anything, in microseconds.
+        device: what decides between numbers of levels; None to decide by the attributes above.
+        heads: the model's heads, for the device.
 
     Raises:
         BadValueError: a number that is negative, not finite, or zero where it divides.
     """
 
-    kv_bytes_per_token: float = field(default=4096.0, validator=_positive)
-    flops_per_row: float = field(default=16384.0, validator=_at_least_zero)
-    heads_per_kv_head: float = field(default=4.0, validator=_positive)
-    bytes_per_s: float = field(default=4.2e12, validator=_positive)
-    reread_bytes_per_s: float = field(default=9.8e12, validator=_positive)
-    flops_per_s: float = field(default=3e14, validator=_positive)
-    level_overhead_us: float = field(default=25.0, validator=_at_least_zero)
-    launch_us: float = field(default=9.0, validator=_at_least_zero)
+    kv_bytes_per_token: float = field(default=4096.0, validator=positive_rate)
+    flops_per_row: float = field(default=16384.0, validator=not_negative)
+    heads_per_kv_head: float = field(default=4.0, validator=positive_rate)
+    bytes_per_s: float = field(default=4.2e12, validator=positive_rate)
+    reread_bytes_per_s: float = field(default=9.8e12, validator=positive_rate)
+    flops_per_s: float = field(default=3e14, validator=positive_rate)
+    level_overhead_us: float = field(default=25.0, validator=not_negative)
+    launch_us: float = field(default=9.0, validator=not_negative)
+    device: Device | None = None
+    heads: Heads = Heads()  # noqa: RUF009  frozen
 
     @classmethod
-    def for_heads(cls, num_qo_heads: int, num_kv_heads: int, head_dim: int, element_size: int) -> CostModel:
-        """The defaults' device with a model of these sizes; `element_size` in bytes."""
-        return cls(2 * num_kv_heads * head_dim * element_size, 4 * num_qo_heads * head_dim, num_qo_heads / num_kv_heads)
+    def for_heads(
+        cls,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        element_size: int,
+        *,
+        device: Device | None = None,
+    ) -> CostModel:
+        """A model of these sizes (`element_size` in bytes) on a device; None for an H200."""
+        device = Device() if device is None else device
+        heads = Heads(num_qo_heads, num_kv_heads, head_dim, element_size)
+        return cls(
+            heads.token_bytes,
+            4 * num_qo_heads * head_dim,
+            num_qo_heads / num_kv_heads,
+            bytes_per_s=device.fa2_64.bytes_per_s,
+            reread_bytes_per_s=max(device.decode.reread_bytes_per_s, device.fa2_64.bytes_per_s),
+            flops_per_s=4 * 128 * 128 * device.num_processors / max(device.fa3.token_ns, 1e-3) * 1e9,
+            level_overhead_us=device.level_us,
+            launch_us=device.start_us,
+            device=device,
+            heads=heads,
+        )
 
     @property
     def memory_us(self) -> float:
@@ -112,7 +133,9 @@ class CostModel:
         return computed * (self.flops_per_row / self.flops_per_s * 1e6)
 
 
-def runs_that_pay(runs: Sequence[Run], rows_before: Int64Array, page_size: int, model: CostModel) -> list[bool]:
+def runs_that_pay(
+    runs: Sequence[Run], rows_before: Int64Array, num_tokens: Int64Array, page_size: int, model: CostModel
+) -> list[bool]:
     """Which runs to keep as groups of shared levels, so that the predicted time is least; the fewest levels on a tie.
 
     A page of a run that another sequence holds past its shareable pages counts as that sequence's own: this is the same
@@ -121,18 +144,33 @@ def runs_that_pay(runs: Sequence[Run], rows_before: Int64Array, page_size: int, 
     Args:
         runs: the forest, each run behind the one above it.
         rows_before: query rows before each position of the order, int64 [batch + 1].
+        num_tokens: tokens of the sequence at each position of the order, int64 [batch].
         page_size: tokens in a page.
         model: what things cost.
 
     Cost: a dozen numpy calls for each depth of the forest, and O(runs * depth * levels) numbers.
     """
     costs = _RunCosts(runs, rows_before, page_size, model)
+    none = [False] * len(runs)
     if not runs or not (most_saved := costs.most_saved()) > 0:
-        return [False] * len(runs)
+        return none
     num_levels = 1 + int(costs.depth.max())
     if model.level_overhead_us > 0:
         num_levels = min(num_levels, int(most_saved / model.level_overhead_us))
-    return _Choice(costs, num_levels).best(model.level_overhead_us) if num_levels else [False] * len(runs)
+    if not num_levels:
+        return none
+    if model.device is None:
+        return _Choice(costs, num_levels).best(model.level_overhead_us)
+    best, least = (
+        none,
+        (1 - model.device.margin)
+        * model.device.step_us(groups_of(runs, none, rows_before, num_tokens, page_size=page_size), model.heads),
+    )
+    for kept in _Choice(costs, min(num_levels, _MOST_LEVELS)).best_of_each():
+        us = model.device.step_us(groups_of(runs, kept, rows_before, num_tokens, page_size=page_size), model.heads)
+        if us < least:
+            best, least = kept, us
+    return best
 
 
 class _RunCosts:
@@ -189,7 +227,14 @@ class _Choice:
     def best(self, level_overhead_us: float) -> list[bool]:
         """The choice for the best number of levels."""
         by_levels = self._fill() + level_overhead_us * np.arange(self.num_levels + 1)
-        levels_left = int(by_levels.argmin())
+        return self._kept(int(by_levels.argmin()))
+
+    def best_of_each(self) -> list[list[bool]]:
+        """The choice for each number of levels above 0."""
+        self._fill()
+        return [self._kept(num_levels) for num_levels in range(1, self.num_levels + 1)]
+
+    def _kept(self, levels_left: int) -> list[bool]:
         kept: list[bool] = []
         # For each run: the candidate kept last, itself included, and the levels left below it.
         states: list[tuple[int, int]] = []

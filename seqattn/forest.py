@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from seqattn.pages import PageArray
 
-__all__ = ["Run", "build_forest"]
+__all__ = ["Run", "build_forest", "without"]
 
 
 @define(slots=True, frozen=True)
@@ -99,3 +99,22 @@ def _common_end(tables: Sequence[PageArray], limits: Sequence[int], members: lis
             end = depth + int((pages != lead[depth:end]).argmax())
             expected = lead[depth:end].tobytes()
     return end
+
+
+def without(runs: Sequence[Run], kept: Sequence[bool]) -> tuple[list[Run], list[int | None]]:
+    """The kept runs alone: pages of a run that is dropped go to the kept runs below it.
+
+    Returns:
+        The kept runs, each behind the one above it, and for each of `runs` the index among them of the nearest kept run
+        at or above it.
+    """
+    left: list[Run] = []
+    nearest: list[int | None] = []
+    for run, keep in zip(runs, kept, strict=True):
+        above = None if run.parent is None else nearest[run.parent]
+        if keep:
+            begin = 0 if above is None else left[above].end
+            left.append(Run(run.first, run.stop, begin, run.end, above))
+            above = len(left) - 1
+        nearest.append(above)
+    return left, nearest

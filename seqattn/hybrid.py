@@ -27,7 +27,7 @@ import torch
 
 from seqattn.cost import CostModel, runs_that_pay
 from seqattn.errors import BadValueError, InvariantError, LengthError
-from seqattn.forest import Run, build_forest
+from seqattn.forest import Run, build_forest, without
 from seqattn.indptr import to_numpy
 from seqattn.packed import FlashInferHybridData, HybridLevel
 from seqattn.page_lists import concatenate
@@ -76,7 +76,7 @@ def pack_hybrid(
     rows_before = np.concatenate(([0], np.cumsum(rows[order])))
     kept = None
     if model is not None and runs:
-        kept = runs_that_pay(runs, rows_before, page_size, model)
+        kept = runs_that_pay(runs, rows_before, lens[order], page_size, model)
     return pack_runs(tables, lens, rows, (order, runs), kept, page_size=page_size)
 
 
@@ -101,7 +101,7 @@ def pack_runs(
     """
     order, runs = forest
     if kept is not None:
-        runs = _without(runs, kept)
+        runs, _ = without(runs, kept)
         order = order if runs else list(range(len(tables)))
     ordered = [tables[i] for i in order]
     rows_before = np.concatenate(([0], np.cumsum(rows[order])))
@@ -145,23 +145,8 @@ def _model(cost_model: CostModel | Literal["auto"] | None) -> CostModel | None:
     if cost_model is None or isinstance(cost_model, CostModel):
         return cost_model
     if cost_model == "auto":
-        return CostModel()
+        return CostModel.for_heads(32, 8, 128, 2)
     raise BadValueError(f"cost_model must be None, 'auto' or a CostModel, not {cost_model!r}")
-
-
-def _without(runs: list[Run], kept: list[bool]) -> list[Run]:
-    """The kept runs alone: pages of a run that is dropped go to the kept runs below it."""
-    left: list[Run] = []
-    #: for each run the index in `left` of the nearest kept run at or above it
-    nearest: list[int | None] = []
-    for run, keep in zip(runs, kept, strict=True):
-        above = None if run.parent is None else nearest[run.parent]
-        if keep:
-            begin = 0 if above is None else left[above].end
-            left.append(Run(run.first, run.stop, begin, run.end, above))
-            above = len(left) - 1
-        nearest.append(above)
-    return left
 
 
 def _shared_levels(

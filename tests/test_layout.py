@@ -31,6 +31,8 @@ ORDER = [
     "seqattn/cache.py",
     "seqattn/heads.py",
     "seqattn/forest.py",
+    "seqattn/device.py",
+    "seqattn/groups.py",
     "seqattn/cost.py",
     "seqattn/hybrid.py",
     "seqattn/sequence.py",

@@ -6,63 +6,48 @@ level with few tiles leaves multiprocessors idle, so its lists are sliced until 
     132 multiprocessors, 8 KV heads, 64 sequences with 4 query heads for each KV head, one shared prefix
     tiles    2 of 128 rows for each KV head: 16
     slices   8: 128 tiles, each over an eighth of the prefix
+
+What is fastest is predicted by `seqattn.device`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from seqattn.attention.calls import Choice
+from seqattn.device import Groups
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from seqattn.attention.plan import BatchPlan, LevelPlan
-    from seqattn.cache import PagedKVCacheManager
 
 __all__ = ["choose"]
 
-_TILE_ROWS = 128
-_MOST_SLICES = 32
-#: pages of a slice hold at least this many tokens
-_LEAST_TOKENS = 64
-#: what a tile costs before its first token, in tokens
-_TILE_TOKENS = 256
 #: mean rows of a group from which on the causal level is faster in tiles of 128 rows
 _LONG_ROWS = 64
 
 
-class _Backend(Protocol):
-    manager: PagedKVCacheManager
-    heads_each: int
-    num_processors: int
-    has_fa3: bool
-
-
-def choose(plan: BatchPlan, backend: _Backend) -> list[Choice]:
-    """A choice for each level of a batch."""
-    shared = [_shared(level, backend) for level in plan.levels[:-1]]
-    last = plan.levels[-1]
-    lens = np.diff(last.qo_indptr)
+def choose(
+    plan: BatchPlan, slices_of: Callable[[Sequence[Groups]], list[int]], page_size: int, *, has_fa3: bool
+) -> list[Choice]:
+    """A choice for each level of a batch; `slices_of` gives the slices of shared levels, 0 for fa2."""
+    groups = [_groups(level, page_size) for level in plan.levels[:-1]]
+    used = [level for level in groups if len(level.rows)]
+    slices = iter(slices_of(used))
+    by_level = [next(slices) if len(level.rows) else 0 for level in groups]
+    shared = [Choice("fa3", n) if n else Choice("fa2") for n in by_level]
+    lens = np.diff(plan.levels[-1].qo_indptr)
     if len(lens) and lens.min() == lens.max() == 1:
         return [*shared, Choice("decode")]
-    is_long = backend.has_fa3 and int(lens.sum()) >= _LONG_ROWS * len(lens)
+    is_long = has_fa3 and int(lens.sum()) >= _LONG_ROWS * len(lens)
     return [*shared, Choice("fa3" if is_long else "fa2")]
 
 
-def _shared(level: LevelPlan, backend: _Backend) -> Choice:
-    if not backend.has_fa3:
-        return Choice("fa2")
+def _groups(level: LevelPlan, page_size: int) -> Groups:
     rows = np.diff(level.qo_indptr)
     used = (rows > 0) & (level.kv_lens > 0)
-    if not used.any():
-        return Choice("fa2")
-    tiles = -(-rows[used] * backend.heads_each // _TILE_ROWS) * backend.manager.num_heads
-    tokens = level.kv_lens[used]
-    longest = int(tokens.max())
-    slices = np.arange(1, max(1, min(_MOST_SLICES, longest // _LEAST_TOKENS)) + 1)
-    length = -(-longest // slices)  # tokens of a slice
-    items = (tiles * -(-tokens // length[:, None])).sum(axis=1)
-    rounds = -(-items // backend.num_processors)
-    cost = rounds * (length + _TILE_TOKENS)
-    return Choice("fa3", int(slices[cost.argmin()]))
+    different = len(np.unique(level.kv_page_indices)) * page_size
+    return Groups(rows[used], level.kv_lens[used], min(different, int(level.kv_lens[used].sum())))

@@ -29,6 +29,7 @@ from attrs import define
 from seqattn.attention.calls import KernelCall, Work, work_of
 from seqattn.attention.choice import choose
 from seqattn.attention.wrappers import WrapperSet
+from seqattn.device import Device, Heads
 from seqattn.errors import MissingExtraError, SeqAttnError, TensorError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from seqattn.attention.calls import Choice
     from seqattn.attention.plan import BatchPlan
     from seqattn.cache import PagedKVCacheManager
+    from seqattn.device import Groups
 
 __all__ = ["FlashInferBackend", "why_not"]
 
@@ -57,13 +59,26 @@ def why_not(manager: PagedKVCacheManager) -> str | None:
 
 @define(slots=True, frozen=True, eq=False)
 class _Prepared:
-    """A planned step: the calls with their wrappers, and int32 tensors on the device."""
+    """A planned step: its calls, what they need on the device, and memory that every layer uses anew.
+
+    Attributes:
+        work: the calls.
+        wrappers: one for each call.
+        query_codes, part_indptr, part_codes: int32 on the device, as in `Work`.
+        gathered: queries that calls read in another order, [queries, num_qo_heads, head_dim].
+        part_out, part_lse: results of all calls, [parts, num_qo_heads, head_dim] and [parts, num_qo_heads].
+        views: for each call its queries (None for the caller's), its output and its lse, in its own layout.
+    """
 
     work: Work
     wrappers: list[Any]
     query_codes: torch.Tensor
     part_indptr: torch.Tensor
     part_codes: torch.Tensor
+    gathered: torch.Tensor
+    part_out: torch.Tensor
+    part_lse: torch.Tensor
+    views: list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]
 
 
 class FlashInferBackend:
@@ -97,11 +112,14 @@ class FlashInferBackend:
         self.overlap = True
         properties = torch.cuda.get_device_properties(self.device)
         self.num_processors = properties.multi_processor_count
-        self.has_fa3 = properties.major == 9
+        self.heads = Heads(num_qo_heads, manager.num_heads, manager.head_dim, manager.dtype.itemsize)
+        self.costs = Device(self.num_processors, has_fa3=properties.major == 9)
         workspaces: dict[int, torch.Tensor] = {}
         self._sets = tuple(WrapperSet(manager, num_qo_heads, self.num_processors, workspaces) for _ in range(2))
         self._turn = 0
+        self._last_slices: tuple[bytes, list[int]] = (b"none", [])
         self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._events = tuple(torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
@@ -115,12 +133,22 @@ class FlashInferBackend:
         with torch.cuda.device(self.device):
             if torch.cuda.is_current_stream_capturing():
                 raise SeqAttnError("plan cannot be captured in a CUDA graph: plan first, then capture run")
-            work = work_of(plan, choices or choose(plan, self), self.heads_each, self.manager.page_size)
+            work = work_of(plan, choices or self._choices(plan), self.heads_each, self.manager.page_size)
             wrappers = self._sets[self._turn]
             with wrappers.in_use():
                 prepared = self._plan_calls(wrappers, work)
         self._turn = 1 - self._turn
         return prepared
+
+    def _choices(self, plan: BatchPlan) -> list[Choice]:
+        return choose(plan, self._slices_of, self.manager.page_size, has_fa3=self.costs.has_fa3)
+
+    def _slices_of(self, shared: Sequence[Groups]) -> list[int]:
+        """The slices of shared levels; those of a decoding batch stay the same for many steps."""
+        key = b"".join(array.tobytes() for level in shared for array in (level.rows, level.tokens))
+        if key != self._last_slices[0]:
+            self._last_slices = key, self.costs.best(shared, self.heads)[1]
+        return self._last_slices[1]
 
     def _plan_calls(self, wrappers: WrapperSet, work: Work) -> _Prepared:
         """Sends the page numbers and codes to the device in one copy, and plans a wrapper for each call."""
@@ -137,7 +165,35 @@ class FlashInferBackend:
             qo_indptr, kv_page_indptr, last = offsets[3 * i : 3 * i + 3]
             self._plan_call(wrapper, call, (qo_indptr, kv_page_indptr, on_device[i], last))
             planned.append(wrapper)
-        return _Prepared(work, planned, *on_device[len(pages) :])
+        memory = self._memory(work)
+        query_codes, part_indptr, part_codes = on_device[len(pages) :]
+        views = self._views(work, *memory)
+        return _Prepared(work, planned, query_codes, part_indptr, part_codes, *memory, views)
+
+    def _memory(self, work: Work) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        num_parts = 0 if work.direct else work.num_parts
+        shape = (self.num_qo_heads, self.manager.head_dim)
+        gathered = torch.empty(len(work.query_codes), *shape, dtype=self.manager.dtype, device=self.device)
+        part_out = torch.empty(num_parts, *shape, dtype=self.manager.dtype, device=self.device)
+        return gathered, part_out, torch.empty(part_out.shape[:2], dtype=torch.float32, device=self.device)
+
+    def _views(
+        self, work: Work, gathered: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor
+    ) -> list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]:
+        views = []
+        for call in [] if work.direct else work.calls:
+            rows = slice(call.first_part, call.first_part + call.num_rows)
+            queries = None
+            if call.first_query is not None:
+                queries = self._laid_out(gathered[call.first_query : call.first_query + call.num_rows], call)
+            views.append((queries, self._laid_out(part_out[rows], call), self._laid_out(part_lse[rows], call)))
+        return views
+
+    def _laid_out(self, tensor: torch.Tensor, call: KernelCall) -> torch.Tensor:
+        """Rows of queries or results as the call's kernel sees them."""
+        if not call.by_group or self.heads_each == 1:
+            return tensor
+        return tensor.view(-1, self.manager.num_heads, *tensor.shape[2:])
 
     def _plan_call(self, wrapper: Any, call: KernelCall, tables: tuple[torch.Tensor, ...]) -> None:  # noqa: ANN401  flashinfer's, untyped
         manager = self.manager
@@ -206,32 +262,39 @@ class FlashInferBackend:
     ) -> None:
         from seqattn.kernels import gather_queries, merge_parts
 
-        work = prepared.work
-        gathered = q.new_empty(len(work.query_codes), *q.shape[1:])
-        if len(gathered):
-            gather_queries(q, prepared.query_codes, gathered, self.heads_each)
-        part_out = q.new_empty(work.num_parts, *q.shape[1:])
-        part_lse = torch.empty(part_out.shape[:2], dtype=torch.float32, device=q.device)
-        main = torch.cuda.current_stream()
-        two_streams = self.overlap and any(_lane(i, work) for i in range(len(work.calls)))
+        if len(prepared.gathered):
+            gather_queries(q, prepared.query_codes, prepared.gathered, self.heads_each)
+        two_streams = self.overlap and len(prepared.work.calls) > 1
         if two_streams:
-            self._side.wait_stream(main)
-        for i, (call, wrapper) in enumerate(zip(work.calls, prepared.wrappers, strict=True)):
-            rows = slice(call.first_part, call.first_part + call.num_rows)
-            queries = q if call.first_query is None else gathered[call.first_query : call.first_query + call.num_rows]
-            tensors = [self._laid_out(tensor, call) for tensor in (queries, part_out[rows], part_lse[rows])]
-            with torch.cuda.stream(self._side if two_streams and _lane(i, work) else main):
-                wrapper.run(tensors[0], caches, out=tensors[1], lse=tensors[2], return_lse=True)
-        if two_streams:
-            main.wait_stream(self._side)
+            self._run_on_two_streams(q, caches, prepared)
+        else:
+            for i in range(len(prepared.work.calls)):
+                _run_call(q, caches, prepared, i)
         codes = (prepared.part_indptr, prepared.part_codes)
-        merge_parts(part_out, part_lse, *codes, *results, heads_each=self.heads_each)
+        merge_parts(prepared.part_out, prepared.part_lse, *codes, *results, heads_each=self.heads_each)
 
-    def _laid_out(self, tensor: torch.Tensor, call: KernelCall) -> torch.Tensor:
-        """Rows of queries or results as the call's kernel sees them."""
-        if not call.by_group or self.heads_each == 1:
-            return tensor
-        return tensor.view(-1, self.manager.num_heads, *tensor.shape[2:])
+    def _run_on_two_streams(
+        self, q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], prepared: _Prepared
+    ) -> None:
+        """The first call on the caller's stream, the others on the side stream; the caller's waits for them."""
+        main = torch.cuda.current_stream(self.device)
+        begun, done = self._events
+        begun.record(main)
+        _run_call(q, caches, prepared, 0)
+        self._side.wait_event(begun)
+        torch.cuda.set_stream(self._side)
+        try:
+            for i in range(1, len(prepared.work.calls)):
+                _run_call(q, caches, prepared, i)
+        finally:
+            torch.cuda.set_stream(main)
+        done.record(self._side)
+        main.wait_event(done)
+
+
+def _run_call(q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], prepared: _Prepared, i: int) -> None:
+    queries, out, lse = prepared.views[i]
+    prepared.wrappers[i].run(q if queries is None else queries, caches, out=out, lse=lse, return_lse=True)
 
 
 def _lane(i: int, work: Work) -> int:

@@ -194,14 +194,16 @@ def test_a_short_system_prompt_is_read_with_each_document() -> None:
     assert np.diff(data.levels[0].kv_page_indptr.numpy()).tolist() == [1800] * 4
 
 
-def test_auto_is_the_default_model() -> None:
-    batch = grid(1, 32768, 1, 0, 256, 16)
-    data = pack_hybrid(batch.tables, batch.num_tokens, page_size=16, query_lens=None, cost_model="auto")
-    assert len(data.levels) == len(packed(batch, CostModel()).levels) == 2
+def test_auto_is_the_model_of_a_common_size_on_the_default_device() -> None:
+    for batch in (grid(1, 32768, 1, 0, 256, 16), grid(1, 256, 1, 0, 256, 8)):
+        data = pack_hybrid(batch.tables, batch.num_tokens, page_size=16, query_lens=None, cost_model="auto")
+        assert len(data.levels) == len(packed(batch, CostModel.for_heads(32, 8, 128, 2)).levels)
 
 
 def test_no_runs_are_no_choice() -> None:
-    assert runs_that_pay([], np.array([0]), 16, CostModel()) == []
+    none = np.zeros(0, dtype=np.int64)
+    for model in (CostModel(), CostModel.for_heads(32, 8, 128, 2)):
+        assert runs_that_pay([], np.array([0]), none, 16, model) == []
     assert len(packed(FOREST, CostModel()).levels) == 1, "a forest of a few pages never pays on a real device"
 
 
@@ -209,7 +211,8 @@ def test_no_runs_are_no_choice() -> None:
 
 
 def test_the_sizes_of_a_model_give_its_bytes_and_operations() -> None:
-    assert CostModel.for_heads(32, 8, 128, 2) == CostModel()
+    model = CostModel.for_heads(32, 8, 128, 2)
+    assert (model.kv_bytes_per_token, model.flops_per_row, model.heads_per_kv_head) == (4096, 16384, 4)
     model = CostModel.for_heads(num_qo_heads=64, num_kv_heads=64, head_dim=64, element_size=1)
     assert (model.kv_bytes_per_token, model.flops_per_row, model.heads_per_kv_head) == (8192, 16384, 1)
 
@@ -227,4 +230,4 @@ def test_the_sizes_of_a_model_give_its_bytes_and_operations() -> None:
 )
 def test_a_number_that_makes_no_sense_is_refused(name: str, value: float) -> None:
     with pytest.raises(BadValueError, match=name):
-        CostModel(**{name: value})
+        CostModel(**{name: value})  # type: ignore[arg-type]  # as callers without type checks do
