@@ -136,13 +136,14 @@ class PagedKVCacheManager(PageAllocator):
             PageError: a page to be written is free, out of range, or listed by two sequences that would write it.
 
         Nothing is written if any of these is raised. Cost: O(batch + n) on the CPU and a copy of the places to the
-        device, once a step: layers after the first compare the batch with the one before, O(batch). Then one scatter
-        each for keys and values; on CUDA with flashinfer one kernel for both.
+        device, once a step: layers after the first that are given the same packed data skip this. Then one scatter each
+        for keys and values; on CUDA with flashinfer one kernel for both.
         """
         caches = self.layer_tensors(layer)
         tail = self._check_append(keys, values, flashinfer_data, append_indptr_cpu)
         self._check_writable(tail)
         if tail is not self._tail:
+            _check_once(tail)
             self._tables = None  # should what follows fail, the next call starts anew
             self._tail = tail
         self._write(keys, values, caches, tail)
@@ -206,17 +207,14 @@ class PagedKVCacheManager(PageAllocator):
             raise TensorError(f"{name} is on {tensor.device} but the cache on {self.device}: move it there first")
 
     def _check_writable(self, tail: Tail) -> None:
-        """Refuses pages that are out of range, free, shared, or written for two sequences."""
-        pages = self.as_pages(tail.written_pages)
+        """Refuses pages that are out of range, free or shared; in every layer, as counts may have changed."""
+        pages = tail.written_pages if tail is self._tail else self.as_pages(tail.written_pages)
         counts = self.ref_count[pages]
         if len(pages) and not (counts == 1).all():
             i = int((counts != 1).argmax())
             if counts[i] > 1:
                 raise SharedPageError(int(pages[i]), int(counts[i]))
             raise PageError(f"page {pages[i]} is free and cannot be written: was its sequence released?")
-        if len(np.unique(pages)) < len(pages):
-            values, times = np.unique(pages, return_counts=True)
-            raise PageError(f"page {values[times.argmax()]} would be written for {times.max()} sequences of the batch")
 
     def _write(
         self, keys: torch.Tensor, values: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], tail: Tail
@@ -252,6 +250,13 @@ class PagedKVCacheManager(PageAllocator):
 
     def _on_device(self, indices: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(indices.astype(np.int64, copy=False)).to(self.device, non_blocking=True)
+
+
+def _check_once(tail: Tail) -> None:
+    """Refuses a page that would be written for two sequences."""
+    pages, times = np.unique(tail.written_pages, return_counts=True)
+    if len(pages) < len(tail.written_pages):
+        raise PageError(f"page {pages[times.argmax()]} would be written for {times.max()} sequences of the batch")
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:

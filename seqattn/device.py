@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SLICES", "Device", "Groups", "Heads", "KernelCost", "LevelCost", "not_negative", "positive_rate"]
 
-#: numbers of slices to choose from
-SLICES = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32])
+#: numbers of slices to choose from; between powers of two, blocks fill the device badly
+SLICES = np.array([1, 2, 4, 8, 16, 32])
 #: fa2 cuts no list of tokens shorter than this
 _LEAST_CHUNK = 128
 
@@ -142,7 +142,8 @@ class Device:
         level_us: what each shared level adds beside its call: gathered queries, a part to merge, the next start.
         slice_us: what each slice after the first adds, for 100 rows.
         overlap: share of what a first level leaves idle that the others use.
-        margin: how much faster than plain attention levels must be predicted to be, as a share of it.
+        margin, margin_us: how much faster than plain attention levels must be predicted to be: a share of it, and
+            microseconds.
     """
 
     num_processors: int = 132
@@ -156,6 +157,7 @@ class Device:
     slice_us: float = field(default=0.8, validator=not_negative)
     overlap: float = field(default=0.5, validator=not_negative)
     margin: float = field(default=0.025, validator=not_negative)
+    margin_us: float = field(default=3.0, validator=not_negative)
 
     def fa3_costs(self, groups: Groups, heads: Heads) -> list[LevelCost]:
         """What fa3 costs, for each number of slices that leaves none too short."""

@@ -180,7 +180,7 @@ def copy_slots(keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor) ->
     """
     num_layers, _, num_slots, num_heads, head_words = keys.shape
     page_words, num_copies = num_slots * num_heads * head_words, table.shape[1]
-    block = min(4096, triton.next_power_of_2(page_words))
+    block = min(1024, triton.next_power_of_2(page_words))
     grid = (num_copies, triton.cdiv(page_words, block), 2 * num_layers)
     sizes = (num_copies, *keys.stride()[:4], num_heads, head_words, page_words, block)
     _launch(_copy, grid)(keys, values, table, *sizes)

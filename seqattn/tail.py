@@ -38,23 +38,19 @@ class Tail:
         pages: the page of each token, int32 [n].
         offsets: its slot in that page, int64 [n].
         written_pages: each written page, once for each sequence that writes it, int32.
-        written_at: where `written_pages` stand among the batch's page numbers, int64.
-        given: copies of the batch's offsets, its last_page_len and the offsets of its new tokens.
+        packed: the batch.
+        append_indptr: where the new tokens of each sequence begin, int64 [batch + 1].
     """
 
     pages: PageArray
     offsets: Int64Array
     written_pages: PageArray
-    written_at: Int64Array
-    given: tuple[npt.NDArray[np.integer], ...]
+    packed: FlashInferPackedData
+    append_indptr: Int64Array
 
     def is_of(self, packed: FlashInferPackedData, append_indptr: Int64Array) -> bool:
-        """Whether this batch has this tail: a comparison of all that it depends on, O(batch + written pages)."""
-        now = (to_numpy(packed.kv_page_indptr), to_numpy(packed.kv_last_page_len), append_indptr)
-        if not all(np.array_equal(a, b) for a, b in zip(self.given, now, strict=True)):
-            return False
-        indices = to_numpy(packed.kv_page_indices)
-        return len(indices) == now[0][-1] and np.array_equal(indices[self.written_at], self.written_pages)
+        """Whether this is the tail of the same packed data, whose tensors nobody writes, and the same new tokens."""
+        return self.packed is packed and np.array_equal(self.append_indptr, append_indptr)
 
 
 def tail_of(packed: FlashInferPackedData, append_indptr: Int64Array, page_size: int) -> Tail:
@@ -66,8 +62,7 @@ def tail_of(packed: FlashInferPackedData, append_indptr: Int64Array, page_size: 
             f"sequence {i} of the batch has {lengths[i]} tokens but {num_new[i]} are appended: "
             "packed lengths include the new tokens, so allocate, then pack, then append"
         )
-    indptr, last = to_numpy(packed.kv_page_indptr), to_numpy(packed.kv_last_page_len)
-    indices, first = to_numpy(packed.kv_page_indices), indptr[:-1].astype(np.int64)
+    indices, first = to_numpy(packed.kv_page_indices), to_numpy(packed.kv_page_indptr)[:-1].astype(np.int64)
     # Row i of sequence b is its token lengths[b] - append_indptr[b + 1] + i.
     positions = np.arange(append_indptr[-1]) + np.repeat(lengths - append_indptr[1:], num_new)
     pages = indices[np.repeat(first, num_new) + positions // page_size]
@@ -75,8 +70,7 @@ def tail_of(packed: FlashInferPackedData, append_indptr: Int64Array, page_size: 
     num_written = np.where(num_new > 0, end_written - first_written, 0)
     ends = np.cumsum(num_written)
     written_at = np.arange(num_written.sum()) + np.repeat(first + first_written - (ends - num_written), num_written)
-    given = (indptr.copy(), last.copy(), append_indptr)
-    return Tail(pages, positions % page_size, indices[written_at], written_at, given)
+    return Tail(pages, positions % page_size, indices[written_at], packed, append_indptr)
 
 
 def append_indptr_of(append_indptr: torch.Tensor, num_sequences: int) -> Int64Array:

@@ -42,6 +42,7 @@ ORDER = [
     "seqattn/attention/calls.py",
     "seqattn/attention/choice.py",
     "seqattn/attention/wrappers.py",
+    "seqattn/attention/prepared.py",
     "seqattn/attention/flashinfer_backend.py",
     "seqattn/attention/front.py",
     # radix

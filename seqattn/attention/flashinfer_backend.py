@@ -24,10 +24,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define
 
 from seqattn.attention.calls import KernelCall, Work, work_of
 from seqattn.attention.choice import choose
+from seqattn.attention.prepared import Prepared
 from seqattn.attention.wrappers import WrapperSet
 from seqattn.device import Device, Heads
 from seqattn.errors import MissingExtraError, SeqAttnError, TensorError
@@ -55,30 +55,6 @@ def why_not(manager: PagedKVCacheManager) -> str | None:
     if manager.head_dim not in _HEAD_DIMS:
         return f"head_dim is {manager.head_dim}, not one of {_HEAD_DIMS}"
     return None
-
-
-@define(slots=True, frozen=True, eq=False)
-class _Prepared:
-    """A planned step: its calls, what they need on the device, and memory that every layer uses anew.
-
-    Attributes:
-        work: the calls.
-        wrappers: one for each call.
-        query_codes, part_indptr, part_codes: int32 on the device, as in `Work`.
-        gathered: queries that calls read in another order, [queries, num_qo_heads, head_dim].
-        part_out, part_lse: results of all calls, [parts, num_qo_heads, head_dim] and [parts, num_qo_heads].
-        views: for each call its queries (None for the caller's), its output and its lse, in its own layout.
-    """
-
-    work: Work
-    wrappers: list[Any]
-    query_codes: torch.Tensor
-    part_indptr: torch.Tensor
-    part_codes: torch.Tensor
-    gathered: torch.Tensor
-    part_out: torch.Tensor
-    part_lse: torch.Tensor
-    views: list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]
 
 
 class FlashInferBackend:
@@ -123,7 +99,7 @@ class FlashInferBackend:
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
-    def prepare(self, plan: BatchPlan, choices: Sequence[Choice] | None = None) -> _Prepared:
+    def prepare(self, plan: BatchPlan, choices: Sequence[Choice] | None = None) -> Prepared:
         """Plans every level of a batch; what was prepared last stays valid until the call after this one.
 
         Args:
@@ -150,7 +126,7 @@ class FlashInferBackend:
             self._last_slices = key, self.costs.best(shared, self.heads)[1]
         return self._last_slices[1]
 
-    def _plan_calls(self, wrappers: WrapperSet, work: Work) -> _Prepared:
+    def _plan_calls(self, wrappers: WrapperSet, work: Work) -> Prepared:
         """Sends the page numbers and codes to the device in one copy, and plans a wrapper for each call."""
         pages = [call.kv_page_indices for call in work.calls]
         codes = (work.query_codes, work.part_indptr, work.part_codes)
@@ -165,35 +141,8 @@ class FlashInferBackend:
             qo_indptr, kv_page_indptr, last = offsets[3 * i : 3 * i + 3]
             self._plan_call(wrapper, call, (qo_indptr, kv_page_indptr, on_device[i], last))
             planned.append(wrapper)
-        memory = self._memory(work)
-        query_codes, part_indptr, part_codes = on_device[len(pages) :]
-        views = self._views(work, *memory)
-        return _Prepared(work, planned, query_codes, part_indptr, part_codes, *memory, views)
-
-    def _memory(self, work: Work) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        num_parts = 0 if work.direct else work.num_parts
-        shape = (self.num_qo_heads, self.manager.head_dim)
-        gathered = torch.empty(len(work.query_codes), *shape, dtype=self.manager.dtype, device=self.device)
-        part_out = torch.empty(num_parts, *shape, dtype=self.manager.dtype, device=self.device)
-        return gathered, part_out, torch.empty(part_out.shape[:2], dtype=torch.float32, device=self.device)
-
-    def _views(
-        self, work: Work, gathered: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor
-    ) -> list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]:
-        views = []
-        for call in [] if work.direct else work.calls:
-            rows = slice(call.first_part, call.first_part + call.num_rows)
-            queries = None
-            if call.first_query is not None:
-                queries = self._laid_out(gathered[call.first_query : call.first_query + call.num_rows], call)
-            views.append((queries, self._laid_out(part_out[rows], call), self._laid_out(part_lse[rows], call)))
-        return views
-
-    def _laid_out(self, tensor: torch.Tensor, call: KernelCall) -> torch.Tensor:
-        """Rows of queries or results as the call's kernel sees them."""
-        if not call.by_group or self.heads_each == 1:
-            return tensor
-        return tensor.view(-1, self.manager.num_heads, *tensor.shape[2:])
+        form = (self.num_qo_heads, self.manager.num_heads, self.manager.head_dim)
+        return Prepared.of(work, planned, on_device[len(pages) :], form, self.manager.dtype)
 
     def _plan_call(self, wrapper: Any, call: KernelCall, tables: tuple[torch.Tensor, ...]) -> None:  # noqa: ANN401  flashinfer's, untyped
         manager = self.manager
@@ -212,7 +161,7 @@ class FlashInferBackend:
     # -- running -------------------------------------------------------------------------------------------------------
 
     def run(
-        self, q: torch.Tensor, layer: int, prepared: _Prepared, *, return_lse: bool
+        self, q: torch.Tensor, layer: int, prepared: Prepared, *, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and base-2 log-sum-exp of rows in the caller's order; lse is empty unless it is asked for.
 
@@ -242,7 +191,7 @@ class FlashInferBackend:
         self,
         q: torch.Tensor,
         caches: tuple[torch.Tensor, torch.Tensor],
-        prepared: _Prepared,
+        prepared: Prepared,
         results: tuple[torch.Tensor, torch.Tensor],
         *,
         return_lse: bool,
@@ -257,7 +206,7 @@ class FlashInferBackend:
         self,
         q: torch.Tensor,
         caches: tuple[torch.Tensor, torch.Tensor],
-        prepared: _Prepared,
+        prepared: Prepared,
         results: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
         from seqattn.kernels import gather_queries, merge_parts
@@ -274,7 +223,7 @@ class FlashInferBackend:
         merge_parts(prepared.part_out, prepared.part_lse, *codes, *results, heads_each=self.heads_each)
 
     def _run_on_two_streams(
-        self, q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], prepared: _Prepared
+        self, q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], prepared: Prepared
     ) -> None:
         """The first call on the caller's stream, the others on the side stream; the caller's waits for them."""
         main = torch.cuda.current_stream(self.device)
@@ -292,7 +241,7 @@ class FlashInferBackend:
         main.wait_event(done)
 
 
-def _run_call(q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], prepared: _Prepared, i: int) -> None:
+def _run_call(q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], prepared: Prepared, i: int) -> None:
     queries, out, lse = prepared.views[i]
     prepared.wrappers[i].run(q if queries is None else queries, caches, out=out, lse=lse, return_lse=True)
 

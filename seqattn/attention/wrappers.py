@@ -113,8 +113,12 @@ class WrapperSet:
 
         layout = self.manager.kv_layout
         if kernel == "decode":
-            tensor_cores = self.num_qo_heads // self.manager.num_heads not in _SMALL_GROUPS
-            return flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, layout, use_tensor_cores=tensor_cores)
+            if self.num_qo_heads // self.manager.num_heads in _SMALL_GROUPS:
+                return flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, layout)
+            # What "auto" comes to on every device before Blackwell, without looking for other packages at each plan.
+            return flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                workspace, layout, use_tensor_cores=True, backend="fa2"
+            )
         return flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, layout, backend=kernel)
 
     def _workspace_sizes(self, call: KernelCall) -> tuple[int, int]:
