@@ -161,16 +161,12 @@ def runs_that_pay(
         return none
     if model.device is None:
         return _Choice(costs, num_levels).best(model.level_overhead_us)
-    best, least = (
-        none,
-        (1 - model.device.margin)
-        * model.device.step_us(groups_of(runs, none, rows_before, num_tokens, page_size=page_size), model.heads),
-    )
-    for kept in _Choice(costs, min(num_levels, _MOST_LEVELS)).best_of_each():
-        us = model.device.step_us(groups_of(runs, kept, rows_before, num_tokens, page_size=page_size), model.heads)
-        if us < least:
-            best, least = kept, us
-    return best
+    choices = _Choice(costs, min(num_levels, _MOST_LEVELS)).best_of_each()
+    levels = [groups_of(runs, kept, rows_before, num_tokens, page_size=page_size) for kept in (none, *choices)]
+    plain, *times = [model.device.step_us(groups, model.heads) for groups in levels]
+    least = min(times)
+    pays = least < (1 - model.device.margin) * plain - model.device.margin_us
+    return choices[times.index(least)] if pays else none
 
 
 class _RunCosts:

@@ -1,0 +1,173 @@
+"""The calls of a batch: computed one by one and merged by their codes, they are dense attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seqattn.attention.calls import Choice, KernelCall, Work, work_of
+from seqattn.attention.choice import choose
+from seqattn.attention.plan import BatchPlan, plan_batch
+from seqattn.attention.torch_backend import merge_states
+from seqattn.attention.wrappers import WrapperSet
+from seqattn.cache import PagedKVCacheManager
+from seqattn.device import Device, Groups, Heads
+from seqattn.hybrid import pack_hybrid
+from tests.seqattn.truth import FOREST, Batch, batch_of, batches, dense_attention, fill, pack
+
+HEADS_EACH, NUM_KV_HEADS, HEAD_DIM = 2, 2, 4
+
+
+def plan_of(batch: Batch, manager: PagedKVCacheManager, *, causal: bool = True) -> BatchPlan:
+    data = pack_hybrid(
+        batch.tables, batch.num_tokens, page_size=batch.page_size, query_lens=batch.query_lens, cost_model=None
+    )
+    return plan_batch(manager, data, None, causal=causal)
+
+
+def gathered(work: Work, q: torch.Tensor) -> torch.Tensor:
+    """What `seqattn.kernels.gather_queries` writes."""
+    rows = []
+    for code in work.query_codes.tolist():
+        row = q[code // 2]
+        by_group = row.view(NUM_KV_HEADS, HEADS_EACH, HEAD_DIM).transpose(0, 1).reshape(row.shape)
+        rows.append(by_group if code % 2 else row)
+    return torch.stack(rows) if rows else q[:0]
+
+
+def computed(
+    call: KernelCall, q: torch.Tensor, manager: PagedKVCacheManager, page_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A kernel: groups of rows over lists of pages, each KV head for as many query heads as the rows have."""
+    heads = NUM_KV_HEADS if call.by_group else q.shape[1]
+    tables = np.split(call.kv_page_indices, call.kv_page_indptr[1:-1])
+    tokens = [(len(t) - 1) * page_size + n for t, n in zip(tables, call.kv_last_page_len.tolist(), strict=True)]
+    batch = Batch(page_size, tables, tokens, np.diff(call.qo_indptr).tolist())
+    found = dense_attention(manager, batch, q.reshape(-1, heads, HEAD_DIM), causal=call.causal)
+    return found.out.view(-1, q.shape[1], HEAD_DIM), found.lse.view(-1, q.shape[1])
+
+
+def merged(work: Work, parts: tuple[torch.Tensor, torch.Tensor], row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `seqattn.kernels.merge_parts` writes to a row."""
+    num_heads = NUM_KV_HEADS * HEADS_EACH
+    out, lse = torch.zeros(num_heads, HEAD_DIM).double(), torch.full((num_heads,), -math.inf).double()
+    for code in work.part_codes[work.part_indptr[row] : work.part_indptr[row + 1]].tolist():
+        its = [part[code // 2] for part in parts]
+        if code % 2:
+            its = [t.view(HEADS_EACH, NUM_KV_HEADS, *t.shape[1:]).transpose(0, 1).reshape(t.shape) for t in its]
+        out, lse = merge_states(out, lse, its[0], its[1])
+    return out, lse
+
+
+def check(plan: BatchPlan, choices: Sequence[Choice], manager: PagedKVCacheManager, batch: Batch, causal: bool) -> None:
+    q = torch.randn(plan.num_rows, NUM_KV_HEADS * HEADS_EACH, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    work = work_of(plan, choices, HEADS_EACH, batch.page_size)
+    queries = gathered(work, q)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for call in work.calls:
+        mine = q if call.first_query is None else queries[call.first_query : call.first_query + call.num_rows]
+        assert call.first_part == sum(len(out) for out, _ in found)
+        found.append(computed(call, mine, manager, batch.page_size))
+        assert {getattr(call, name).dtype for name in ("qo_indptr", "kv_page_indptr", "kv_last_page_len")} == {
+            np.dtype(np.int32)
+        }
+    parts = torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found])
+    assert len(parts[0]) == work.num_parts
+    expected = dense_attention(manager, batch, q, causal=causal)
+    for row in range(plan.num_rows):
+        out, lse = merged(work, parts, row)
+        assert torch.allclose(out, expected.out[row], atol=1e-5)
+        assert torch.allclose(lse, expected.lse[row], atol=1e-5)
+    if work.direct:
+        assert torch.allclose(parts[0], expected.out, atol=1e-5)
+
+
+WAYS = st.sampled_from([Choice("fa2"), Choice("fa3", 1), Choice("fa3", 2), Choice("fa3", 7)])
+
+
+@given(batches(max_sequences=5, max_pages=4), st.booleans(), st.data())
+def test_calls_and_codes_are_dense_attention(batch: Batch, causal: bool, data: st.DataObject) -> None:
+    num_pages = 1 + max(int(table.max()) for table in batch.tables)
+    manager = PagedKVCacheManager(num_pages, batch.page_size, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
+    fill(manager, batch, 0)
+    plan = plan_of(batch, manager, causal=causal)
+    check(plan, [data.draw(WAYS) for _ in plan.levels], manager, batch, causal)
+
+
+def test_the_picture_of_the_calls() -> None:
+    batch = batch_of([[0, 1, 2, 3, 4, 5 + i] for i in range(3)], [2] * 3, 4, [1] * 3)
+    manager = PagedKVCacheManager(8, 4, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
+    work = work_of(plan_of(batch, manager), [Choice("fa3", 2), Choice("decode")], HEADS_EACH, 4)
+    shared, own = work.calls
+    assert shared.qo_indptr.tolist() == [0, 6, 12]
+    assert shared.kv_page_indptr.tolist() == [0, 2, 5]
+    assert work.query_codes.tolist() == [1, 3, 5, 1, 3, 5]
+    assert (shared.first_query, shared.first_part, own.first_query, own.first_part) == (0, 0, None, 6)
+    assert work.part_indptr.tolist() == [0, 3, 6, 9]
+    assert work.part_codes.tolist() == [1, 7, 12, 3, 9, 14, 5, 11, 16]
+
+
+def test_a_plain_batch_is_one_call_without_gathering() -> None:
+    manager = PagedKVCacheManager(14, 16, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
+    plan = plan_batch(manager, pack(FOREST), None, causal=True)
+    work = work_of(plan, [Choice("decode")], HEADS_EACH, 16)
+    assert work.direct
+    assert not len(work.query_codes)
+
+
+@pytest.mark.parametrize(("rows", "kernel"), [(1, "decode"), (3, "fa2"), (200, "fa3")])
+def test_the_last_level_is_computed_by_its_rows(rows: int, kernel: str) -> None:
+    batch = batch_of([[*range(20), 20 + i] for i in range(4)], [16] * 4, 16, [rows] * 4)
+    manager = PagedKVCacheManager(64, 16, 8, HEAD_DIM, torch.float32, "cpu")
+    plan, device = plan_of(batch, manager), Device()
+
+    def slices_of(shared: Sequence[Groups]) -> list[int]:
+        return device.best(shared, Heads())[1]
+
+    assert choose(plan, slices_of, 16, has_fa3=True)[-1].kernel == kernel
+    without_fa3 = choose(plan, lambda shared: [0] * len(shared), 16, has_fa3=False)
+    assert "fa3" not in {choice.kernel for choice in without_fa3}
+
+
+def test_staged_arrays_are_aligned_and_kept() -> None:
+    manager = PagedKVCacheManager(4, 16, 1, 4, torch.float32, "cpu")
+    wrappers = WrapperSet(manager, 1, 132, {})
+    arrays = [np.arange(n, dtype=np.int32) for n in (3, 0, 9, 5)]
+    for _ in range(2):
+        sent, kept = wrappers.stage(arrays[:2], arrays[2:])
+        assert [t.tolist() for t in (*sent, *kept)] == [a.tolist() for a in arrays]
+        assert all(t.data_ptr() % 16 == 0 for t in (*sent, *kept) if len(t))
+
+
+def test_workspaces_are_large_enough_for_what_is_planned() -> None:
+    """Against flashinfer's own formulas: two blocks a multiprocessor, a tile of float32 each; 7 numbers for a tile."""
+    manager = PagedKVCacheManager(4, 16, 8, 128, torch.bfloat16, "cpu")
+    wrappers = WrapperSet(manager, 64, 132, {})
+
+    def call(kernel: Any, *rows: int) -> KernelCall:  # noqa: ANN401  a literal
+        indptr = np.cumsum([0, *rows], dtype=np.int32)
+        none = np.zeros(len(rows) + 1, dtype=np.int32)
+        return KernelCall(
+            kernel,
+            indptr,
+            none,
+            none,
+            none[:-1],
+            causal=False,
+            by_group=False,
+            first_query=None,
+            first_part=0,
+            num_rows=sum(rows),
+        )
+
+    padded = 2 * 132 // 8
+    assert wrappers._workspace_sizes(call("fa2", 300))[0] >= 64 * padded * 128 * (128 + 1) * 4
+    assert wrappers._workspace_sizes(call("fa2", *[100] * 900))[1] >= 12 * 900 * 7
+    assert wrappers._workspace_sizes(call("fa3", *[8192] * 64))[1] >= 28 * 64 * 64 * 64
