@@ -178,7 +178,7 @@ def measure(step: Step, rates: dict[str, float], options: argparse.Namespace) ->
         plan()
         row[f"{name}_us"], row[f"{name}_spread"] = device_us(run, NUM_LAYERS)
         row[f"{name}_plan_us"], row[f"{name}_eager_us"] = host_us(plan), host_us(run) / NUM_LAYERS
-    data = step.packed("auto")
+    data = step.packed(step.attention.cost_model)
     step.choose(data, None)
     row["levels"] = len(data.levels)
     row["kernels"] = [f"{c.kernel}:{len(c.kv_last_page_len)}" for c in step.attention._prepared.work.calls]
@@ -189,7 +189,7 @@ def measure(step: Step, rates: dict[str, float], options: argparse.Namespace) ->
         host_us(lambda: step.choose(data, None)),
         host_us(step.layers) / NUM_LAYERS,
     )
-    row["pack_us"] = host_us(lambda: step.packed("auto"))
+    row["pack_us"] = host_us(lambda: step.packed(step.attention.cost_model))
     if options.every_choice:
         row["choices"] = {}
         row["calls"] = []

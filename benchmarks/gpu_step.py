@@ -50,7 +50,8 @@ class Model:
         """Packs and plans the step."""
         self.packed = self.descriptor.pack_for_flashinfer(self.ids)
         if hybrid:
-            self.attention.plan(self.descriptor.pack_hybrid_for_flashinfer(self.ids, cost_model="auto"))
+            model = self.attention.cost_model
+            self.attention.plan(self.descriptor.pack_hybrid_for_flashinfer(self.ids, cost_model=model))
         else:
             self.attention.plan(self.packed)
 

@@ -93,6 +93,7 @@ class FlashInferBackend:
         workspaces: dict[int, torch.Tensor] = {}
         self._sets = tuple(WrapperSet(manager, num_qo_heads, self.num_processors, workspaces) for _ in range(2))
         self._turn = 0
+        self._captured: list[Prepared] = []
         self._last_slices: tuple[bytes, list[int]] = (b"none", [])
         self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._events = tuple(torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
@@ -177,6 +178,8 @@ class FlashInferBackend:
         if q.dtype != self.manager.dtype:
             raise TensorError(f"q is {q.dtype} but the cache holds {self.manager.dtype}: the kernels read one dtype")
         caches, work = self.manager.layer_tensors(layer), prepared.work
+        if torch.cuda.is_current_stream_capturing() and prepared not in self._captured:
+            self._captured.append(prepared)  # the graph goes on using its memory
         q = q if q.stride(-1) == 1 else q.contiguous()
         with torch.cuda.device(self.device):
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

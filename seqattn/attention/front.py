@@ -17,12 +17,14 @@ import torch
 
 from seqattn.attention.plan import BatchPlan, plan_batch
 from seqattn.cache import PagedKVCacheManager
+from seqattn.cost import CostModel
 from seqattn.counts import positive
 from seqattn.errors import BadValueError, SeqAttnError, TensorError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from seqattn.device import Device
     from seqattn.packed import FlashInferHybridData, FlashInferPackedData
 
 __all__ = ["PagedAttention"]
@@ -41,6 +43,8 @@ class Backend(Protocol):
 
     #: whether `run` takes and returns rows in the caller's order; otherwise they are in group order
     orders_rows: bool
+    #: what its kernels cost; None if nobody knows
+    costs: Device | None
 
     def prepare(self, plan: BatchPlan) -> Any:  # noqa: ANN401  each backend's own
         """What `run` needs of a plan; must not change what the plan before prepared."""
@@ -107,6 +111,13 @@ class PagedAttention:
         self._prepared: Any = None
         self._rows: torch.Tensor | None = None
 
+    @property
+    def cost_model(self) -> CostModel:
+        """What levels cost with these heads on this device: `pack_hybrid_for_flashinfer(ids, cost_model=...)`."""
+        manager = self.manager
+        sizes = (self.num_qo_heads, manager.num_heads, manager.head_dim, manager.dtype.itemsize)
+        return CostModel.for_heads(*sizes, device=self._impl.costs)
+
     def plan(
         self,
         packed: FlashInferPackedData | FlashInferHybridData,
@@ -148,6 +159,9 @@ class PagedAttention:
         self, q: torch.Tensor, *, layer: int = 0, return_lse: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attention of the planned batch in one layer; no gradient.
+
+        May be captured in a CUDA graph after a first run: replays compute the batch that was planned at the capture,
+        and the next `plan` but one voids them.
 
         Args:
             q: query rows of all sequences in the caller's order, [rows, num_qo_heads, head_dim], float16, bfloat16,

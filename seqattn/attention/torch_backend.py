@@ -73,6 +73,8 @@ class TorchBackend:
 
     #: rows come in group order
     orders_rows = False
+    #: nobody has measured it
+    costs = None
 
     def __init__(
         self, manager: PagedKVCacheManager, num_qo_heads: int, sm_scale: float, logits_soft_cap: float | None

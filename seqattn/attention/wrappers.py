@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["WrapperSet"]
 
-#: query heads for each KV head at which the decode kernel without tensor cores is used
-_SMALL_GROUPS = (1, 2, 3)
+#: query heads for each KV head at which the decode kernel without tensor cores is no slower
+_SMALL_GROUPS = (1, 2)
 #: bytes that a wrapper has for its schedule, unless it is given more
 _INT_WORKSPACE = 8 << 20
 _LEAST_FLOAT_WORKSPACE = 32 << 20

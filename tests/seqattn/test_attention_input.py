@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from seqattn.attention import PagedAttention
+from seqattn.attention import PagedAttention, flashinfer_backend
 from seqattn.cache import PagedKVCacheManager
-from seqattn.errors import BadValueError, LengthError, PageError, SeqAttnError, TensorError
+from seqattn.device import Heads
+from seqattn.errors import BadValueError, LengthError, MissingExtraError, PageError, SeqAttnError, TensorError
 from seqattn.hybrid import pack_hybrid
 from seqattn.packed import FlashInferHybridData, FlashInferPackedData, HybridLevel
 from seqattn.pages import PageAllocator
@@ -49,6 +50,20 @@ def test_impossible_settings_are_refused(options: dict[str, Any], error: type[Ex
 
 def test_auto_is_a_backend_by_name() -> None:
     assert PagedAttention(MANAGER, 2).backend == PagedAttention(MANAGER, 2, backend="torch").backend == "torch"
+
+
+def test_the_kernels_of_flashinfer_need_a_cache_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MissingExtraError, match=r"seqattn\[flashinfer\]"):
+        PagedAttention(MANAGER, 4, backend="flashinfer")
+    monkeypatch.setattr(flashinfer_backend, "find_spec", lambda name: object())
+    with pytest.raises(TensorError, match="the cache is on cpu, not on CUDA; use backend='torch'"):
+        PagedAttention(MANAGER, 4, backend="flashinfer")
+
+
+def test_the_cost_model_has_the_heads_of_the_attention() -> None:
+    model = PagedAttention(MANAGER, 6).cost_model
+    assert model.heads == Heads(6, 2, 4, 4)
+    assert model.kv_bytes_per_token == 2 * 2 * 4 * 4
 
 
 def test_run_needs_a_plan() -> None:
