@@ -79,8 +79,8 @@ def write_rows(
         return
     with torch.cuda.device(keys.device):
         append_paged_kv_cache(
-            _side_by_side(keys.detach()),
-            _side_by_side(values.detach()),
+            _side_by_side(keys.detach().resolve_neg()),
+            _side_by_side(values.detach().resolve_neg()),
             tables.sequences,
             tables.positions,
             caches,
