@@ -12,7 +12,7 @@ from benchmarks.command import sizes_of
 from benchmarks.impls import IMPLS
 from benchmarks.peers import ROOT
 from benchmarks.plots import draw_all
-from benchmarks.rows import Row
+from benchmarks.rows import Row, row_files
 from benchmarks.table import RESULTS, judge, load_rows, markdown, quantity, significant
 
 __all__ = ["write_report"]
@@ -27,7 +27,7 @@ Medians = dict[tuple[str, str, str], tuple[str, dict[str, float]]]
 
 def write_report() -> str:
     """Draws the pictures, writes the page, and returns the table of claims."""
-    rows = load_rows(sorted(RESULTS.glob("*.jsonl")))
+    rows = load_rows(row_files(RESULTS))
     claims = markdown(rows)
     PICTURES.mkdir(exist_ok=True)
     draw_all(rows, PICTURES)

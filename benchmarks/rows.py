@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.clock import Sample, microseconds
 
-__all__ = ["Row", "make_row"]
+__all__ = ["Row", "make_row", "row_files"]
 
 Row = dict[str, Any]
 
@@ -72,3 +72,8 @@ def _cpu() -> str:
     name = found.get("model name") or platform.processor() or platform.machine()
     family = found.get("cpu family")
     return f"{name} (family {family}, model {found.get('model')})" if family else name
+
+
+def row_files(folder: Path) -> list[Path]:
+    """The files of rows in a folder; those of the GPU benchmarks have rows of another form."""
+    return sorted(path for path in folder.glob("*.jsonl") if not path.name.startswith("gpu_"))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from benchmarks.cases import CLAIMS, Claim, Figure
 from benchmarks.command import sizes_of
 from benchmarks.impls import IMPLS
-from benchmarks.rows import Row
+from benchmarks.rows import Row, row_files
 
 __all__ = ["RESULTS", "Outcome", "judge", "load_rows", "markdown"]
 
@@ -129,7 +129,7 @@ def significant(value: float) -> str:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("*.jsonl")))
+    parser.add_argument("files", nargs="*", type=Path, default=row_files(RESULTS))
     print(markdown(load_rows(parser.parse_args().files)))
 
 

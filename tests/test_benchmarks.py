@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from benchmarks.command import SCRIPTS, main, prepared, sizes_of
 from benchmarks.impls import IMPLS, load
 from benchmarks.peers import PACKAGES, ROOT
 from benchmarks.rounds import run_groups
-from benchmarks.rows import Row
+from benchmarks.rows import Row, row_files
 from benchmarks.workload import chat, leaves
 from tests.sources import sources
 
@@ -264,3 +265,9 @@ def test_every_place_of_the_page_is_filled(tmp_path: Any, monkeypatch: pytest.Mo
     drawn = {path.stem for path in (tmp_path / "pictures").glob("*.png")}
     assert drawn == set(plots.PICTURES)
     assert all(f"performance/{name}.png" in text for name in drawn)
+
+
+def test_rows_of_the_gpu_benchmarks_are_left_to_them(tmp_path: Path) -> None:
+    for name in ("match.jsonl", "gpu_attention.jsonl", "evict.jsonl", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in row_files(tmp_path)] == ["evict.jsonl", "match.jsonl"]
