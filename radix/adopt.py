@@ -132,14 +132,15 @@ def hand_over(state: State, run: Running, num_tokens: int) -> PageArray:
     """Puts the first `num_tokens` tokens in the tree, which takes over the references to its new pages.
 
     Returns:
-        The sequence's other pages, int32: its references to them are still to be given back.
+        Those of the sequence's pages from `run.num_tree_pages` on, int32, whose references are still to be given back.
     """
     at, table = run.num_tree_pages, run.table
-    first, last = at, -(-num_tokens // state.tree.page_size)
-    if not _append(state, run, num_tokens, table[at:last]):
-        done = put(state, run, num_tokens)
-        first, last = at + done.num_known, at + len(done.pages) // PAGE_ID_BYTES
-    return table[:first] if last == len(table) else np.concatenate((table[:first], table[last:]))
+    last = -(-num_tokens // state.tree.page_size)
+    if _append(state, run, num_tokens, table[at:last]):
+        return table[last:]
+    done = put(state, run, num_tokens)
+    first, last = at + done.num_known, at + len(done.pages) // PAGE_ID_BYTES
+    return np.concatenate((table[at:first], table[last:]))
 
 
 def _append(state: State, run: Running, num_tokens: int, own: PageArray) -> bool:

@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from radix import show
 from radix.adopt import hand_over, publish
 from radix.audit import check_cache
-from radix.changing import extend_all, fork_one, let_go_after
+from radix.changing import extend_all, extend_one, fork_one, let_go_after
 from radix.pin import Pinned
 from radix.reserve import Plan, plan_start
 from radix.running import PrefixMatch, Running, Started, match_of
-from radix.starting import start_all
+from radix.starting import start_all, start_one
 from radix.state import State
-from radix.tokens import TOKEN_BYTES, Tokens, as_key, check_rest, one_token, unchecked_key, unchecked_view
+from radix.tokens import TOKEN_BYTES, Tokens, as_key, check_rest, keys_of, unchecked_key, unchecked_view
 from seqattn.counts import as_count
 from seqattn.errors import (
     BadValueError,
@@ -170,7 +170,7 @@ class PrefixCache:
         key = unchecked_key(tokens)
         with self.lock:
             self._refuse_running(seq_id)
-            return start_all(self.state, [self._plan(seq_id, key, namespace, min_uncached_tokens)])[0]
+            return start_one(self.state, self._plan(seq_id, key, namespace, min_uncached_tokens))
 
     def start_many(
         self,
@@ -228,8 +228,11 @@ class PrefixCache:
 
         Cost: O(new tokens), about 1.5 µs for each sequence.
         """
-        keys = _keys(token_ids)
+        keys = keys_of(token_ids)
         with self.lock:
+            if len(seq_ids) == len(keys) == 1:
+                extend_one(self.state, seq_ids[0], self._get(seq_ids[0]), keys[0])
+                return
             for seq_id in seq_ids:
                 self._get(seq_id)
             extend_all(self.state, seq_ids, keys)
@@ -307,8 +310,8 @@ class PrefixCache:
             num_tokens = self._computed(seq_id, run, num_tokens)
             if self.whole_pages:
                 num_tokens -= num_tokens % self.tree.page_size
-            hands_over = num_tokens and not run.is_detached
-            self._end(seq_id, run, hand_over(self.state, run, num_tokens) if hands_over else run.table)
+            own = hand_over(self.state, run, num_tokens) if num_tokens and not run.is_detached else None
+            self._end(seq_id, run, own)
 
     def abort(self, seq_id: Hashable) -> None:
         """Ends a sequence without publishing more of it; what it shared counts as used.
@@ -322,17 +325,24 @@ class PrefixCache:
         with self.lock:
             run = self._get(seq_id)
             self.state.retries.remember(seq_id, run.namespace, run.request)
-            self._end(seq_id, run, run.table)
+            self._end(seq_id, run, None)
 
-    def _end(self, seq_id: Hashable, run: Running, pages: PageArray) -> None:
-        """Gives the references to `pages` back and forgets the sequence."""
+    def _end(self, seq_id: Hashable, run: Running, own: PageArray | None) -> None:
+        """Forgets a sequence and gives its references back, those to `own` of the pages that are not the tree's."""
+        node, shared = run.node, run.num_tree_pages
+        if own is None:
+            own = run.table[shared:]
+        if len(own):
+            self.manager.drop(own)
+        if node is not None:
+            self.manager.unhold(run.table[:shared])
+            self.tree.release(node)
         self.descriptor.remove(seq_id)
-        self.manager.drop(pages)
-        if run.node is not None:
-            self.tree.release(run.node)
 
     def _computed(self, seq_id: Hashable, run: Running, num_tokens: int | None) -> int:
-        return run.num_ids if num_tokens is None else self.descriptor.check_cut(seq_id, num_tokens)
+        if num_tokens is None:
+            return run.num_ids
+        return self.descriptor.check_cut(seq_id, num_tokens)
 
     # -- keeping and forgetting ---------------------------------------------------------------------------------------
 
@@ -431,15 +441,3 @@ class PrefixCache:
             raise BadValueError(f"seq_id must be hashable, not {seq_id!r}: {error}") from None
         if running:
             raise DuplicateSequenceError(seq_id)
-
-
-def _keys(token_ids: Sequence[int | Tokens] | Tokens) -> list[bytes]:
-    """A key for each entry, which is one id or many."""
-    entries: Any = token_ids
-    if getattr(entries, "ndim", None) == 1:  # an array or a tensor: one id for each
-        entries = entries.tolist()
-    return [one_token(ids) if isinstance(ids, int) else _key(ids) for ids in entries]
-
-
-def _key(ids: Any) -> bytes:  # noqa: ANN401 (whatever numpy can turn into token ids)
-    return one_token(ids.item()) if getattr(ids, "ndim", None) == 0 else as_key(ids)

@@ -11,7 +11,7 @@ from radix.tokens import TOKEN_BYTES
 if TYPE_CHECKING:
     from radix.state import State
 
-__all__ = ["extend_all", "fork_one", "let_go_after"]
+__all__ = ["extend_all", "extend_one", "fork_one", "let_go_after"]
 
 
 def extend_all(state: State, seq_ids: Sequence[Hashable], keys: Sequence[bytes]) -> None:
@@ -37,6 +37,26 @@ def extend_all(state: State, seq_ids: Sequence[Hashable], keys: Sequence[bytes])
     reserve.commit(reservation)
     for seq_id, key in zip(seq_ids, keys, strict=True):
         state.running[seq_id].tail += key
+
+
+def extend_one(state: State, seq_id: Hashable, run: Running, key: bytes) -> None:
+    """`extend_all` for one sequence, without the lists that many need; raises what it raises."""
+    page_size, used, num_tokens = state.tree.page_size, run.last_page_len, len(key) // TOKEN_BYTES
+    if not num_tokens or not used or (used < page_size and state.manager.ref_count.item(run.last_page) > 1):
+        extend_all(state, [seq_id], [key])
+        return
+    num_new, last = divmod(used + num_tokens - 1, page_size)
+    if num_new:
+        victims = state.reserve.claim(run.room(num_new), [])
+        if victims is None:
+            extend_all(state, [seq_id], [key])
+            return
+        run.lengthen(num_new)
+        state.descriptor.tables_version += 1
+        if victims:
+            state.reserve.evict_named(victims)
+    run.last_page_len = last + 1
+    run.tail += key
 
 
 def fork_one(state: State, run: Running, seq_id: Hashable, new_seq_id: Hashable) -> None:

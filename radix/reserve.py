@@ -29,6 +29,7 @@ __all__ = ["Plan", "Reservation", "Reserve"]
 
 NOTHING_KEPT: Mapping[Node, int] = {}
 _SHORT_PATH = 8
+_INT32 = np.dtype(np.int32)
 
 
 @define(slots=True, eq=False)
@@ -139,6 +140,48 @@ class Reserve:
     tree: RadixTree
     stats: CacheStats
 
+    def claim(self, pages: PageArray, spared: list[Node]) -> list[tuple[Node, int]] | None:
+        """`reserve` for one sequence, straight into its page table, in all but rare cases.
+
+        Args:
+            pages: int32; free pages are taken into its beginning, idle ones named in the rest.
+            spared: nodes that nothing may be taken from.
+
+        Returns:
+            The victims to `evict_named`, or to `give_back`. None if it takes a closer look than this, in vain or at
+            spared nodes or at pages held by hand: nothing has changed then.
+        """
+        manager = self.manager
+        num_free, missing = manager.available_pages_count, len(pages) - manager.available_pages_count
+        victims: list[tuple[Node, int]] = []
+        if missing > 0:
+            if manager.was_referenced_by_hand:
+                return None
+            runs = []
+            for node in self.tree.idle:
+                if node in spared:
+                    return None
+                run = node.pages
+                count = len(run) // PAGE_ID_BYTES
+                if count > missing:
+                    count = missing
+                victims.append((node, count))
+                runs.append(run[-count * PAGE_ID_BYTES :])
+                missing -= count
+                if not missing:
+                    break
+            else:
+                return None
+            pages[num_free:] = np.frombuffer(runs[0] if len(runs) == 1 else b"".join(runs), _INT32)
+            pages = pages[:num_free]
+        if len(pages):
+            manager.take_into(pages)
+        return victims
+
+    def give_back(self, pages: PageArray, victims: list[tuple[Node, int]]) -> None:
+        """Undoes a `claim`."""
+        self.manager.drop(pages[: len(pages) - sum([count for _, count in victims])])
+
     def reserve(self, num_pages: int, kept: Kept = NOTHING_KEPT) -> Reservation:
         """Pages for `num_pages`, idle ones outside `kept` if too few are free.
 
@@ -160,7 +203,7 @@ class Reserve:
     def commit(self, reservation: Reservation) -> None:
         """Takes the victims out of the tree; the pages are the caller's now."""
         if reservation.victims:
-            self._evict(reservation.victims)
+            self.evict_named(reservation.victims)
 
     def cancel(self, reservation: Reservation) -> None:
         """Gives everything back. Victims are still in the tree, and sound: a copy that fails has written nothing."""
@@ -169,7 +212,7 @@ class Reserve:
     def evict(self, num_pages: int) -> int:
         """Frees up to `num_pages` idle pages; returns how many."""
         victims, pages = self.find(num_pages)
-        self._evict(victims)
+        self.evict_named(victims)
         self.manager.free(pages)
         return len(pages)
 
@@ -238,15 +281,15 @@ class Reserve:
                 kept[last] = max(count, kept.get(last, 0))
         return kept
 
-    def _evict(self, victims: list[tuple[Node, int]]) -> None:
+    def evict_named(self, victims: list[tuple[Node, int]]) -> None:
         """Trims the tree; the pages keep its reference for whoever takes them."""
-        clock, stats = self.tree.clock, self.stats
-        ages, reuses = stats.evicted_ages, stats.evicted_reuses
+        tree, stats = self.tree, self.stats
+        clock, ages, reuses = tree.clock, stats.evicted_ages, stats.evicted_reuses
         for node, count in victims:
             ages[(clock - node.stamp).bit_length()] += count
             reuses[node.num_reuses.bit_length()] += count
             stats.num_evicted_pages += count
-        self.tree.trim(victims)
+            tree.cut_end(node, count)
 
 
 def plan_start(

@@ -78,7 +78,10 @@ class Running(SequenceData):
     def __init__(
         self, table: PageArray, num_pages: int, last_page_len: int, namespace: Hashable, prompt: bytes
     ) -> None:
-        self.own(table, num_pages, last_page_len)
+        self._buffer = table
+        self.num_pages = num_pages
+        self.last_page_len = last_page_len
+        self.table = table[:num_pages]
         self.namespace = namespace
         self.prompt = prompt
         self.request: bytes | None = prompt
@@ -95,15 +98,17 @@ class Running(SequenceData):
     @property
     def num_ids(self) -> int:
         """Token ids of the prompt and those added since."""
-        return self.num_bytes // TOKEN_BYTES
+        return (len(self.prompt) + len(self.tail)) // TOKEN_BYTES
 
     def key(self, num_tokens: int, first: int = 0) -> bytes:
         """Its tokens from `first` up to `num_tokens` as a key; O(what comes back)."""
-        begin, end, size = first * TOKEN_BYTES, num_tokens * TOKEN_BYTES, len(self.prompt)
+        begin, end, prompt, tail = first * TOKEN_BYTES, num_tokens * TOKEN_BYTES, self.prompt, self.tail
+        size = len(prompt)
         if end <= size:
-            return self.prompt[begin:end]
-        tail = memoryview(self.tail)[max(0, begin - size) : end - size]
-        return b"".join((self.prompt[begin:], tail))
+            return prompt[begin:end]
+        if begin >= size:
+            return bytes(tail[begin - size : end - size])
+        return prompt[begin:] + (tail if end == size + len(tail) else tail[: end - size])
 
     def cut_tokens(self, num_tokens: int) -> None:
         """Forgets the tokens after the first `num_tokens`."""

@@ -21,6 +21,7 @@ __all__ = [
     "as_key",
     "check_rest",
     "common_bytes",
+    "keys_of",
     "one_token",
     "token_ids",
     "unchecked_key",
@@ -64,6 +65,20 @@ def as_key(tokens: Tokens) -> bytes:
     if ids.size and (ids.min() < 0 or ids.max() >= _LIMIT):
         raise _bad_token(ids)
     return ids.astype(np.int32).tobytes()
+
+
+def keys_of(token_ids: Sequence[int | Tokens] | Tokens) -> list[bytes]:
+    """A key for each entry, which is one id or many; of a flat array or tensor, each id is an entry."""
+    if type(token_ids) is list and len(token_ids) == 1 and type(token_ids[0]) is np.ndarray and token_ids[0].ndim:
+        return [as_key(token_ids[0])]
+    entries: Any = token_ids
+    if getattr(entries, "ndim", None) == 1:
+        entries = entries.tolist()
+    return [one_token(ids) if isinstance(ids, int) else _entry_key(ids) for ids in entries]
+
+
+def _entry_key(ids: Any) -> bytes:  # noqa: ANN401 (whatever numpy can turn into token ids)
+    return one_token(ids.item()) if getattr(ids, "ndim", None) == 0 else as_key(ids)
 
 
 def unchecked_key(tokens: Tokens) -> bytes:

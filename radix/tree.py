@@ -28,6 +28,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from operator import attrgetter
 from typing import Literal, Protocol
 
 from attrs import define
@@ -41,6 +42,7 @@ from seqattn.errors import BadValueError, TokenError
 __all__ = ["Inserted", "Kept", "Path", "RadixTree", "pages_of"]
 
 _LONGEST_GROWN = _LONGEST_CUT = 1 << 16
+_PAGES = attrgetter("pages")
 _NOTHING_KEPT: Mapping[Node, int] = {}
 
 
@@ -126,28 +128,27 @@ class RadixTree:
             raise BadValueError(f"namespace must be hashable, not {namespace!r}: {error}") from None
         nodes: list[Node] = []
         at, size, page_bytes = 0, len(key), self.page_bytes
+        in_place = isinstance(key, bytes)
         while node is not None and at < size:
-            kids = node.children
-            if kids is None:
+            child = node.children
+            if child is None:
                 break
-            if isinstance(kids, Node):
-                child = kids
-            else:
+            if type(child) is not Node:
                 page = bytes(key[at : at + page_bytes])
-                found = kids.get(page)
+                found = child.get(page)
                 if found is None:
-                    found, common = kids.nearest(page)
+                    found, common = child.nearest(page)
                     if found is not None:
                         nodes.append(found)
                         at += common
                     break
                 child = found
             edge = child.key
-            end = at + len(edge)
             # The second form takes a view of the key for what the first compares in place: no copy either way.
-            if key.startswith(edge, at) if isinstance(key, bytes) else end <= size and edge.startswith(key[at:end]):
+            if key.startswith(edge, at) if in_place else edge.startswith(key[at : at + len(edge)]) and at + len(edge) <= size:
                 nodes.append(child)
-                at, node = end, child
+                at += len(edge)
+                node = child
                 continue
             common = common_bytes(edge, key, at)
             if common:
@@ -156,7 +157,7 @@ class RadixTree:
             break
         if limit is not None and at > limit:
             at = _shorten(nodes, limit, page_bytes)
-        return Path(nodes, b"".join([node.pages for node in nodes]), at)
+        return Path(nodes, nodes[0].pages if len(nodes) == 1 else b"".join(map(_PAGES, nodes)), at)
 
     def __iter__(self) -> Iterator[Node]:
         """Every node but the roots, parents first."""
@@ -426,19 +427,26 @@ class RadixTree:
 
         Cost: O(pages), amortised, and O(log siblings) for each node that goes.
         """
-        page_bytes = self.page_bytes
         for node, count in victims:
-            self.num_pages -= count
-            self.num_idle_pages -= count
-            if len(node.key) > _LONGEST_CUT:
-                self._halve(node, count)
-            pages = node.pages
-            keep = len(pages) // PAGE_ID_BYTES - count
-            if keep:
-                node.pages = pages[: keep * PAGE_ID_BYTES]
-                node.key = node.key[: keep * page_bytes]
-            else:
-                self._unlink(node)
+            self.cut_end(node, count)
+
+    def cut_end(self, node: Node, count: int) -> None:
+        """Takes the last `count` pages of one victim out of the tree."""
+        self.num_pages -= count
+        self.num_idle_pages -= count
+        if len(node.key) > _LONGEST_CUT:
+            self._halve(node, count)
+        pages = node.pages
+        keep = len(pages) // PAGE_ID_BYTES - count
+        if keep:
+            node.pages = pages[: keep * PAGE_ID_BYTES]
+            node.key = node.key[: keep * self.page_bytes]
+            return
+        parent: Node = node.parent  # type: ignore[assignment]  # never a root
+        del self.idle[node]
+        parent.remove(node, self.page_bytes)
+        if parent.children is None and isinstance(parent, Root):
+            del self.roots[parent.namespace]
 
     def _halve(self, leaf: Node, count: int) -> None:
         """Splits a long leaf that loses its last `count` pages: else taking it page by page would be quadratic.
@@ -449,13 +457,6 @@ class RadixTree:
             upper = self._split(leaf, leaf.num_pages // 2)
             self.idle.move_to_end(upper, last=False)
             self.idle.move_to_end(leaf, last=False)
-
-    def _unlink(self, leaf: Node) -> None:
-        parent: Node = leaf.parent  # type: ignore[assignment]  # never a root
-        del self.idle[leaf]
-        parent.remove(leaf, self.page_bytes)
-        if isinstance(parent, Root) and parent.children is None:
-            del self.roots[parent.namespace]
 
     def clear(self) -> None:
         """Forgets everything, held or not."""

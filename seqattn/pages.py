@@ -173,13 +173,25 @@ class PageAllocator:
         """`take`, writing the page numbers to `pages`, int32; there must be as many free (not checked)."""
         top = self.available_pages_count
         self.available_pages_count = rest = top - len(pages)
+        if len(pages) == 1:  # scalars are cheaper than arrays of one
+            page = pages[0] = self._stack.item(rest)
+            self.ref_count[page] = 1
+            return
         taken = self._stack[rest:top][::-1]
         self.ref_count[taken] = 1
         pages[:] = taken
 
     def hold(self, pages: PageArray) -> None:
         """Adds a reference to each of these pages: int32, in use, no page twice (not checked)."""
-        self.ref_count[pages.astype(np.intp)] += _ONE
+        index = pages.astype(np.intp)
+        held = self.ref_count[index]
+        self.ref_count[index] = np.add(held, _ONE, held)
+
+    def unhold(self, pages: PageArray) -> None:
+        """`drop` for pages that others hold too (not checked): none of them becomes free."""
+        index = pages.astype(np.intp)
+        left = self.ref_count[index]
+        self.ref_count[index] = np.subtract(left, _ONE, left)
 
     def drop(self, pages: PageArray) -> int:
         """Gives back a reference to each of these pages (int32, in use, no page twice: not checked).
@@ -187,6 +199,8 @@ class PageAllocator:
         Returns:
             How many pages became free.
         """
+        if len(pages) == 1:
+            return self._drop_one(pages.item(0))
         index = pages.astype(np.intp)
         left = self.ref_count[index]
         np.subtract(left, _ONE, left)
@@ -197,6 +211,15 @@ class PageAllocator:
         freed = index[left == 0][::-1]
         self._push(freed)
         return len(freed)
+
+    def _drop_one(self, page: int) -> int:
+        """`drop` of one page: scalars are cheaper than arrays of one."""
+        self.ref_count[page] = left = self.ref_count.item(page) - 1
+        if left:
+            return 0
+        self._stack[self.available_pages_count] = page
+        self.available_pages_count += 1
+        return 1
 
     def free(self, pages: PageArray) -> None:
         """Frees pages (int32, none twice) of which the caller holds the only reference (not checked)."""
@@ -230,6 +253,8 @@ class PageAllocator:
 
     def _refuse_copy(self, src: list[int], dst: list[int], slots: list[int]) -> None:
         """Raises what `copy_page_slots` raises; plain Python, since most copies are of one page."""
+        if len(src) == len(dst) == len(slots) == 1 and self._is_copy(src[0], dst[0], slots[0]):
+            return
         if not len(src) == len(dst) == len(slots):
             raise LengthError(f"{len(src)} source pages, {len(dst)} destinations and {len(slots)} slot counts differ")
         count_of = self.ref_count.item
@@ -244,6 +269,13 @@ class PageAllocator:
                 raise LengthError(f"{count!r} slots cannot be copied: a page has {self.page_size}")
         if len(set(dst)) < len(dst) or not set(dst).isdisjoint(src):
             raise PageError(f"destinations {dst} must differ from each other and from the sources {src}")
+
+    def _is_copy(self, src: int, dst: int, num_slots: int) -> bool:
+        """Whether these make a copy of one page beyond doubt: what is odd gets the closer look, and its message."""
+        if not type(src) is type(dst) is type(num_slots) is int or not 0 <= src != dst >= 0:
+            return False
+        most, count_of = self.num_pages, self.ref_count.item
+        return src < most and dst < most and 1 <= num_slots <= self.page_size and count_of(src) > 0 and count_of(dst) == 1
 
     def as_pages(self, page_indices: PageList) -> PageArray:
         """Page numbers as an int32 array, checked to be integers in [0, num_pages).

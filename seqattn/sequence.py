@@ -78,14 +78,22 @@ class SequenceData:
 
     def append(self, pages: PageArray) -> None:
         """Adds pages at the end; amortised O(len(pages))."""
-        start, stop = self.num_pages, self.num_pages + len(pages)
+        self.room(len(pages))[:] = pages
+        self.lengthen(len(pages))
+
+    def room(self, num_pages: int) -> PageArray:
+        """The next so many entries after the table's end, to be written before `lengthen`; amortised O(num_pages)."""
+        start, stop = self.num_pages, self.num_pages + num_pages
         if stop > len(self._buffer):
             grown = np.empty(max(_MIN_CAPACITY, stop + stop // 2), dtype=np.int32)
-            grown[:start] = self._buffer[:start]
-            self._buffer = grown
-        self._buffer[start:stop] = pages
-        self.num_pages = stop
-        self.table = self._buffer[:stop]
+            grown[:start] = self.table
+            self.table, self._buffer = grown[:start], grown
+        return self._buffer[start:stop]
+
+    def lengthen(self, num_pages: int) -> None:
+        """Takes that room into the table; O(1)."""
+        self.num_pages += num_pages
+        self.table = self._buffer[: self.num_pages]
 
     def cut(self, num_pages: int) -> None:
         """Keeps the first `num_pages` pages; O(1)."""

@@ -163,16 +163,15 @@ def a_split_counts_a_holder_of_the_upper_half_twice(patch: pytest.MonkeyPatch) -
 
 @bug
 def trimming_takes_the_head_of_an_edge(patch: pytest.MonkeyPatch) -> None:
-    real = RadixTree.trim
+    real = RadixTree.cut_end
 
-    def trim(self: RadixTree, victims: Any) -> None:  # noqa: ANN401
-        for node, count in victims:
-            if count < node.num_pages:
-                pages = node.pages
-                node.pages = pages[count * PAGE_ID_BYTES :] + pages[: count * PAGE_ID_BYTES]
-        real(self, victims)
+    def cut_end(self: RadixTree, node: Node, count: int) -> None:
+        if count < node.num_pages:
+            pages = node.pages
+            node.pages = pages[count * PAGE_ID_BYTES :] + pages[: count * PAGE_ID_BYTES]
+        real(self, node, count)
 
-    patch.setattr(RadixTree, "trim", trim)
+    patch.setattr(RadixTree, "cut_end", cut_end)
 
 
 @bug
