@@ -111,16 +111,12 @@ class PrefixCache:
         """
         query = unchecked_view(tokens)
         with self.lock:
-            path = self.lookup(query, namespace)
-        check_rest(query, path.num_bytes)
-        return match_of(path, self.tree.page_bytes)
-
-    def lookup(self, key: bytes | memoryview, namespace: Hashable) -> Path:
-        """`match` for a key, in the tree's terms."""
-        path = self.tree.match(key, namespace)
+            path = self.tree.match(query, namespace)
         if self.whole_pages:
             path.num_bytes -= path.num_bytes % self.tree.page_bytes
-        return path
+        if len(query) > path.num_bytes:
+            check_rest(query, path.num_bytes)
+        return match_of(path, self.tree.page_bytes)
 
     def can_start(self, tokens: Tokens, *, namespace: Hashable = None) -> bool:
         """Whether `start` with its default arguments would find pages now; changes nothing.
@@ -170,7 +166,8 @@ class PrefixCache:
         key = unchecked_key(tokens)
         with self.lock:
             self._refuse_running(seq_id)
-            return start_one(self.state, self._plan(seq_id, key, namespace, min_uncached_tokens))
+            max_cached = len(key) - TOKEN_BYTES * _uncached(key, min_uncached_tokens)
+            return start_one(self.state, seq_id, key, namespace, max_cached, self.whole_pages)
 
     def start_many(
         self,
@@ -202,9 +199,7 @@ class PrefixCache:
             return start_all(self.state, plans)
 
     def _plan(self, seq_id: Hashable, key: bytes, namespace: Hashable, min_uncached_tokens: int) -> Plan:
-        if not key:
-            raise TokenError("an empty prompt cannot be started: give at least one token")
-        max_cached = len(key) // TOKEN_BYTES - as_count("min_uncached_tokens", min_uncached_tokens)
+        max_cached = len(key) // TOKEN_BYTES - _uncached(key, min_uncached_tokens)
         plan = plan_start(self.tree, seq_id, key, namespace, max_cached=max_cached, whole_pages=self.whole_pages)
         check_rest(key, plan.path.num_bytes)
         return plan
@@ -288,7 +283,8 @@ class PrefixCache:
         """
         with self.lock:
             run = self._get(seq_id)
-            num_full = self._computed(seq_id, run, num_tokens) // self.tree.page_size
+            num_tokens = run.num_ids if num_tokens is None else self.descriptor.check_cut(seq_id, num_tokens)
+            num_full = num_tokens // self.tree.page_size
             if num_full and not run.is_detached:
                 publish(self.state, run, num_full * self.tree.page_size)
 
@@ -307,7 +303,7 @@ class PrefixCache:
         """
         with self.lock:
             run = self._get(seq_id)
-            num_tokens = self._computed(seq_id, run, num_tokens)
+            num_tokens = run.num_ids if num_tokens is None else self.descriptor.check_cut(seq_id, num_tokens)
             if self.whole_pages:
                 num_tokens -= num_tokens % self.tree.page_size
             own = hand_over(self.state, run, num_tokens) if num_tokens and not run.is_detached else None
@@ -338,11 +334,6 @@ class PrefixCache:
             self.manager.unhold(run.table[:shared])
             self.tree.release(node)
         self.descriptor.remove(seq_id)
-
-    def _computed(self, seq_id: Hashable, run: Running, num_tokens: int | None) -> int:
-        if num_tokens is None:
-            return run.num_ids
-        return self.descriptor.check_cut(seq_id, num_tokens)
 
     # -- keeping and forgetting ---------------------------------------------------------------------------------------
 
@@ -441,3 +432,10 @@ class PrefixCache:
             raise BadValueError(f"seq_id must be hashable, not {seq_id!r}: {error}") from None
         if running:
             raise DuplicateSequenceError(seq_id)
+
+
+def _uncached(key: bytes, num_tokens: int) -> int:
+    """How many tokens of a prompt to compute at least; raises what `start` raises."""
+    if not key:
+        raise TokenError("an empty prompt cannot be started: give at least one token")
+    return num_tokens if type(num_tokens) is int and num_tokens >= 0 else as_count("min_uncached_tokens", num_tokens)

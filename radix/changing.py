@@ -42,19 +42,16 @@ def extend_all(state: State, seq_ids: Sequence[Hashable], keys: Sequence[bytes])
 def extend_one(state: State, seq_id: Hashable, run: Running, key: bytes) -> None:
     """`extend_all` for one sequence, without the lists that many need; raises what it raises."""
     page_size, used, num_tokens = state.tree.page_size, run.last_page_len, len(key) // TOKEN_BYTES
-    if not num_tokens or not used or (used < page_size and state.manager.ref_count.item(run.last_page) > 1):
+    if not num_tokens or not used or (used < page_size and state.manager.ref_count.item(run.table.item(-1)) > 1):
         extend_all(state, [seq_id], [key])
         return
     num_new, last = divmod(used + num_tokens - 1, page_size)
     if num_new:
-        victims = state.reserve.claim(run.room(num_new), [])
-        if victims is None:
+        if not state.reserve.take(run.room(num_new)):
             extend_all(state, [seq_id], [key])
             return
         run.lengthen(num_new)
         state.descriptor.tables_version += 1
-        if victims:
-            state.reserve.evict_named(victims)
     run.last_page_len = last + 1
     run.tail += key
 

@@ -31,7 +31,9 @@ class Pinned:
         cache = self._cache
         with cache.lock:
             tree, manager = cache.tree, cache.manager
-            path = cache.lookup(self._key, self._namespace)
+            path = tree.match(self._key, self._namespace)
+            if cache.whole_pages:
+                path.num_bytes -= path.num_bytes % tree.page_bytes
             count = -(-path.num_bytes // tree.page_bytes)
             pin = Pin(None, np.frombuffer(path.pages, dtype=np.int32, count=count))
             if count:

@@ -63,8 +63,7 @@ class Plan:
     @property
     def source(self) -> int:
         """The page that the tail is copied from."""
-        at = self.num_shared * PAGE_ID_BYTES
-        return int.from_bytes(self.path.pages[at : at + PAGE_ID_BYTES], sys.byteorder)
+        return source_of(self.path, self.num_shared)
 
     def keep_shared(self, kept: dict[Node, int]) -> None:
         """Adds to `kept` how many pages of each node are shared and must not be evicted."""
@@ -78,6 +77,12 @@ class Plan:
     def pages_to_source(self) -> int:
         """Pages of the path's last node up to the one that the tail is copied from, which lies in it."""
         return self.num_shared + 1 - self.path.num_pages + self.path.nodes[-1].num_pages
+
+
+def source_of(path: Path, num_shared: int) -> int:
+    """The page after the first `num_shared` of a path: where a tail is copied from."""
+    at = num_shared * PAGE_ID_BYTES
+    return int.from_bytes(path.pages[at : at + PAGE_ID_BYTES], sys.byteorder)
 
 
 class _KeptBy:
@@ -177,6 +182,31 @@ class Reserve:
         if len(pages):
             manager.take_into(pages)
         return victims
+
+    def take(self, pages: PageArray) -> bool:
+        """`claim` and `evict_named` at once; False if it takes a closer look: nothing has changed then."""
+        manager, tree = self.manager, self.tree
+        num_pages, at = len(pages), manager.available_pages_count
+        missing = num_pages - at
+        if missing <= 0:
+            manager.take_into(pages)
+            return True
+        if missing > tree.num_idle_pages or manager.was_referenced_by_hand:
+            return False
+        if at:
+            manager.take_into(pages[:at])
+        stats = self.stats
+        while at < num_pages:
+            node = next(iter(tree.idle))
+            run = node.pages
+            count = min(len(run) // PAGE_ID_BYTES, num_pages - at)
+            pages[at : at + count] = np.frombuffer(run, _INT32, count, len(run) - count * PAGE_ID_BYTES)
+            at += count
+            stats.evicted_ages[(tree.clock - node.stamp).bit_length()] += count
+            stats.evicted_reuses[node.num_reuses.bit_length()] += count
+            tree.cut_end(node, count)
+        stats.num_evicted_pages += missing
+        return True
 
     def give_back(self, pages: PageArray, victims: list[tuple[Node, int]]) -> None:
         """Undoes a `claim`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -55,6 +56,10 @@ class Started(NamedTuple):
     forked: tuple[int, int, int] | None
 
 
+#: `Started` of a tuple of its three fields, without the cost of naming them
+started: Callable[[tuple[int, int, tuple[int, int, int] | None]], Started] = partial(tuple.__new__, Started)
+
+
 class Running(SequenceData):
     """A running sequence: its page table, its tokens, and what it holds of the tree.
 
@@ -89,6 +94,13 @@ class Running(SequenceData):
         self.node: Node | None = None
         self.num_tree_pages = 0
         self.is_detached = False
+
+    @classmethod
+    def of(cls, num_pages: int, page_size: int, namespace: Hashable, prompt: bytes) -> Running:
+        """A sequence whose page table, with room to grow, is still to be written."""
+        table = np.empty(num_pages + num_pages // 8 + 8, _INT32)
+        num_tokens = len(prompt) // TOKEN_BYTES
+        return cls(table, num_pages, num_tokens - (num_pages - 1) * page_size, namespace, prompt)
 
     @property
     def num_bytes(self) -> int:

@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from radix.running import Running, Started
-from radix.tokens import TOKEN_BYTES
+from radix.node import PAGE_ID_BYTES
+from radix.reserve import Plan, source_of
+from radix.running import Running, Started, started
+from radix.tokens import TOKEN_BYTES, check_rest
 
 if TYPE_CHECKING:
-    from radix.reserve import Plan
+    from collections.abc import Hashable
+
     from radix.state import State
+    from radix.tree import Path, RadixTree
     from seqattn.pages import PageArray
 
 __all__ = ["start_all", "start_one"]
@@ -19,29 +23,44 @@ __all__ = ["start_all", "start_one"]
 _INT32 = np.dtype(np.int32)
 
 
-def start_one(state: State, plan: Plan) -> Started:
-    """`start_all` for one sequence, without the lists that many need; raises what it raises."""
-    shared, num_pages = plan.num_shared, plan.num_pages
+def start_one(
+    state: State, seq_id: Hashable, key: bytes, namespace: Hashable, max_cached: int, whole_pages: bool
+) -> Started:
+    """`start_all` for one sequence, in one go: only if pages are short is there something to plan.
+
+    Args:
+        state: of the cache.
+        seq_id: an id that is not running.
+        key: the prompt's tokens, not empty.
+        namespace: under which root.
+        max_cached: bytes of the key that may be reused.
+        whole_pages: share full pages only, fork no tail.
+    """
+    tree = state.tree
+    path = tree.match(key, namespace, limit=max_cached if max_cached > 0 else 0)
+    cached, size, page_bytes = path.num_bytes, len(key), tree.page_bytes
+    check_rest(key, cached)
+    shared, num_pages = cached // page_bytes, -(-size // page_bytes)
+    tail_len = 0 if whole_pages else cached % page_bytes // TOKEN_BYTES
     table = np.empty(num_pages + num_pages // 8 + 8, _INT32)
     pages = table[shared:num_pages]
-    victims = state.reserve.claim(pages, plan.path.nodes)
+    victims = state.reserve.claim(pages, path.nodes)
     if victims is None:
-        return start_all(state, [plan])[0]
-    if plan.tail_len:
+        return start_all(state, [Plan(seq_id, key, namespace, path, shared, tail_len, num_pages)])[0]
+    run = Running(table, num_pages, (size - 1) % page_bytes // TOKEN_BYTES + 1, namespace, key)
+    forked = None
+    if tail_len:
+        source, copy = source_of(path, shared), pages.item(0)
         try:
-            state.manager.copy_page_slots([plan.source], [pages.item(0)], [plan.tail_len])
+            state.manager.copy_page_slots([source], [copy], [tail_len])
         except BaseException:
             state.reserve.give_back(pages, victims)
             raise
-    started = _begin(state, plan, table)
+        forked = source, copy, tail_len
+    result = _begin(state, seq_id, run, path, shared, forked)
     if victims:
         state.reserve.evict_named(victims)
-    return started
-
-
-def _room(num_pages: int) -> PageArray:
-    """A page table's buffer with room to grow."""
-    return np.empty(num_pages + num_pages // 8 + 8, _INT32)
+    return result
 
 
 def start_all(state: State, plans: list[Plan]) -> list[Started]:
@@ -61,18 +80,21 @@ def start_all(state: State, plans: list[Plan]) -> list[Started]:
         except BaseException:
             reserve.cancel(reservation)
             raise
-    pages, at, started = reservation.pages, len(forks), []
+    pages, at, begun = reservation.pages, len(forks), list[Started]()
     tails = iter(range(at))
     for plan in plans:
-        table, first, end = _room(plan.num_pages), plan.num_shared, at + plan.num_new
+        run = Running.of(plan.num_pages, state.tree.page_size, plan.namespace, plan.key)
+        first, end = plan.num_shared, at + plan.num_new
+        forked = None
         if plan.tail_len:
-            table[first] = pages[next(tails)]
+            forked = plan.source, pages.item(next(tails)), plan.tail_len
+            run.table[first] = forked[1]
             first, end = first + 1, end - 1
-        table[first : plan.num_pages] = pages[at:end]
-        started.append(_begin(state, plan, table))
+        run.table[first:] = pages[at:end]
+        begun.append(_begin(state, plan.seq_id, run, plan.path, plan.num_shared, forked))
         at = end
     reserve.commit(reservation)
-    return started
+    return begun
 
 
 def _copy_tails(state: State, forks: list[Plan], pages: PageArray) -> None:
@@ -81,39 +103,44 @@ def _copy_tails(state: State, forks: list[Plan], pages: PageArray) -> None:
     state.manager.copy_page_slots(sources, pages[: len(forks)], [plan.tail_len for plan in forks])
 
 
-def _begin(state: State, plan: Plan, table: PageArray) -> Started:
-    """Makes a planned sequence run; cannot fail. `table` is its page table's buffer, with all but the shared pages."""
-    shared, num_pages, tail_len, path = plan.num_shared, plan.num_pages, plan.tail_len, plan.path
-    num_tokens, page_size = len(plan.key) // TOKEN_BYTES, state.tree.page_size
-    run = Running(table, num_pages, num_tokens - (num_pages - 1) * page_size, plan.namespace, plan.key)
+def _begin(
+    state: State, seq_id: Hashable, run: Running, path: Path, shared: int, forked: tuple[int, int, int] | None
+) -> Started:
+    """Makes a sequence run whose table has all but the shared pages; cannot fail."""
+    num_cached = shared * state.tree.page_size
     if shared:
-        table[:shared] = np.frombuffer(path.pages, _INT32, shared)
-        state.manager.hold(table[:shared])
-    if tail_len:
-        _hold_path(state, plan, run)
+        table = run.table[:shared]
+        table[:] = np.frombuffer(path.pages, _INT32, shared)
+        state.manager.hold(table)
+    if forked is not None:
+        num_cached += forked[2]
+        _hold_forked(state.tree, run, path, shared)
     elif shared:
-        run.node, run.num_tree_pages = node, _ = state.tree.cut(path.nodes[-1], path.num_pages, shared), shared
+        node = path.nodes[-1]
+        if len(path.pages) != shared * PAGE_ID_BYTES:
+            node = state.tree.cut(node, path.num_pages, shared)
+        run.node, run.num_tree_pages = node, shared
         state.tree.hold(node, reuses=1)
-    state.descriptor.add(plan.seq_id, run)
-    num_cached = shared * page_size + tail_len
-    if not (state.retries.aborted and state.retries.is_retry(plan.seq_id, plan.namespace, plan.key)):
+    state.descriptor.add(seq_id, run)
+    if not (state.retries.aborted and state.retries.is_retry(seq_id, run.namespace, run.prompt)):
         stats = state.stats
         stats.num_requests += 1
-        stats.num_query_tokens += num_tokens
+        stats.num_query_tokens += len(run.prompt) // TOKEN_BYTES
         stats.num_hit_tokens += num_cached
         stats.num_shared_pages += shared
-        if tail_len:
+        if forked is not None:
             stats.num_forked_pages += 1
-    return Started(num_cached, shared, (plan.source, table.item(shared), tail_len) if tail_len else None)
+    return started((num_cached, shared, forked))
 
 
-def _hold_path(state: State, plan: Plan, run: Running) -> None:
+def _hold_forked(tree: RadixTree, run: Running, path: Path, shared: int) -> None:
     """Holds the nodes of the shared pages; stamps them, and the page that the tail was copied from."""
-    tree, shared = state.tree, plan.num_shared
-    source = tree.cut(plan.path.nodes[-1], plan.path.num_pages, shared + 1)
-    if shared:
-        run.node = node = tree.cut(source, shared + 1, shared)
-        run.num_tree_pages = shared
-        tree.hold(node, reuses=1)
+    source = tree.cut(path.nodes[-1], path.num_pages, shared + 1)
     source.num_reuses += 1
-    tree.stamp(source)
+    if not shared:
+        tree.stamp(source)
+        return
+    run.node = node = tree.cut(source, shared + 1, shared)
+    run.num_tree_pages = shared
+    tree.hold(node, reuses=1)
+    tree.stamp_too(source)

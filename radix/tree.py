@@ -228,6 +228,12 @@ class RadixTree:
         self.clock += 1
         self._stamp_from(node)
 
+    def stamp_too(self, node: Node) -> None:
+        """Marks one node more as used by the last use, which stamped those above it."""
+        node.stamp = self.clock
+        if not node.num_holders:
+            self.idle.move_to_end(node)
+
     def _stamp_from(self, node: Node) -> None:
         clock, idle = self.clock, self.idle
         parent = node.parent

@@ -14,7 +14,9 @@ Invariants (`check()`):
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Hashable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -35,6 +37,7 @@ from seqattn.pages import PageAllocator
 from seqattn.sequence import SequenceData
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
     from seqattn.hybrid import CostModel
@@ -101,6 +104,8 @@ class CacheDescriptor:
     def all_of(self, seq_ids: Sequence[Hashable]) -> list[SequenceData]:
         """`data_of` for a batch."""
         try:
+            if len(seq_ids) > 1:
+                return list(itemgetter(*seq_ids)(self.seq_id_to_data))
             return [self.seq_id_to_data[seq_id] for seq_id in seq_ids]
         except (KeyError, TypeError):
             return [self.data_of(seq_id) for seq_id in seq_ids]
@@ -350,9 +355,10 @@ class CacheDescriptor:
         seq_ids, pack = list(seq_ids), self._last_pack
         if pack is None or pack.version != self.tables_version or pack.seq_ids != seq_ids:
             found = self.all_of(seq_ids)
+            pack = self._last_pack = None  # its memory may serve again, while it is in the processor's cache
             indices, indptr = _flatten([data.table for data in found], self._buffers)
             pack = self._last_pack = _LastPack(self.tables_version, seq_ids, found, indices, indptr)
-        last_lens = np.array([data.last_page_len for data in pack.found], dtype=np.int32)
+        last_lens = _int32([data.last_page_len for data in pack.found])
         return FlashInferPackedData.trusted(pack.indices, pack.indptr, torch.from_numpy(last_lens))
 
     def pack_hybrid_for_flashinfer(
@@ -452,8 +458,13 @@ def _flatten(tables: Sequence[PageArray], buffers: Buffers) -> tuple[torch.Tenso
     import torch
 
     indptr = np.zeros(len(tables) + 1, dtype=np.int32)
-    np.cumsum(np.fromiter(map(len, tables), np.int32, len(tables)), out=indptr[1:])
-    indices = buffers.take(int(indptr[-1]))
+    np.cumsum(_int32([len(table) for table in tables]), out=indptr[1:])
+    indices = buffers.take(indptr.item(-1))
     if tables:
         np.concatenate(tables, out=indices)
     return torch.from_numpy(indices), torch.from_numpy(indptr)
+
+
+def _int32(values: list[int]) -> npt.NDArray[np.int32]:
+    """`np.array(values, dtype=np.int32)` in half the time."""
+    return np.frombuffer(bytearray(struct.pack(f"{len(values)}i", *values)), np.int32)
