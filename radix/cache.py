@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from radix import show
 from radix.adopt import hand_over, publish
 from radix.audit import check_cache
 from radix.changing import extend_all, extend_one, fork_one, let_go_after
 from radix.pin import Pinned
-from radix.reserve import Plan, plan_start
+from radix.plan import Plan, plan_start
 from radix.running import PrefixMatch, Running, Started, match_of
 from radix.starting import start_all, start_one
 from radix.state import State
@@ -47,7 +47,7 @@ from seqattn.page_lists import concatenate
 if TYPE_CHECKING:
     from radix.show import Decode
     from radix.stats import CacheStats
-    from radix.tree import Path, RadixTree
+    from radix.tree import RadixTree
     from seqattn.descriptor import CacheDescriptor
     from seqattn.hybrid import CostModel
     from seqattn.packed import FlashInferHybridData, FlashInferPackedData
@@ -167,7 +167,7 @@ class PrefixCache:
         with self.lock:
             self._refuse_running(seq_id)
             max_cached = len(key) - TOKEN_BYTES * _uncached(key, min_uncached_tokens)
-            return start_one(self.state, seq_id, key, namespace, max_cached, self.whole_pages)
+            return start_one(self.state, seq_id, key, namespace, max_cached, whole_pages=self.whole_pages)
 
     def start_many(
         self,

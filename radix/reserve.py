@@ -7,102 +7,28 @@ So whatever fails between, `cancel` leaves everything as it was.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from attrs import define
 
 from radix.node import PAGE_ID_BYTES
-from radix.tokens import TOKEN_BYTES
+from radix.plan import kept_by
 from radix.tree import pages_of
 from seqattn.errors import NoPageError, PromptTooLargeError
 
 if TYPE_CHECKING:
     from radix.node import Node
+    from radix.plan import Plan
     from radix.stats import CacheStats
-    from radix.tree import Kept, Path, RadixTree
+    from radix.tree import Kept, RadixTree
     from seqattn.pages import PageAllocator, PageArray
 
-__all__ = ["Plan", "Reservation", "Reserve"]
+__all__ = ["Reservation", "Reserve"]
 
 NOTHING_KEPT: Mapping[Node, int] = {}
-_SHORT_PATH = 8
 _INT32 = np.dtype(np.int32)
-
-
-@define(slots=True, eq=False)
-class Plan:
-    """How one sequence will start.
-
-        prompt of 11 tokens, page_size 4:   [shared][tail: 2 cached, forked + new][new]
-                                             num_shared 1        tail_len 2       num_pages 3
-
-    Attributes:
-        seq_id, key, namespace: as given, tokens as bytes.
-        path: what the tree has of it.
-        num_shared: full pages to share.
-        tail_len: tokens of the next page to copy; 0 for no fork.
-        num_pages: pages of the whole sequence.
-    """
-
-    seq_id: Hashable
-    key: bytes
-    namespace: Hashable
-    path: Path
-    num_shared: int
-    tail_len: int
-    num_pages: int
-
-    @property
-    def num_new(self) -> int:
-        """Pages it needs beyond the shared ones."""
-        return self.num_pages - self.num_shared
-
-    @property
-    def source(self) -> int:
-        """The page that the tail is copied from."""
-        return source_of(self.path, self.num_shared)
-
-    def keep_shared(self, kept: dict[Node, int]) -> None:
-        """Adds to `kept` how many pages of each node are shared and must not be evicted."""
-        end, wanted = self.path.num_pages, self.num_shared
-        for node in reversed(self.path.nodes):
-            start = end - node.num_pages
-            if wanted > start:
-                kept[node] = max(kept.get(node, 0), min(wanted, end) - start)
-            end = start
-
-    def pages_to_source(self) -> int:
-        """Pages of the path's last node up to the one that the tail is copied from, which lies in it."""
-        return self.num_shared + 1 - self.path.num_pages + self.path.nodes[-1].num_pages
-
-
-def source_of(path: Path, num_shared: int) -> int:
-    """The page after the first `num_shared` of a path: where a tail is copied from."""
-    at = num_shared * PAGE_ID_BYTES
-    return int.from_bytes(path.pages[at : at + PAGE_ID_BYTES], sys.byteorder)
-
-
-class _KeptBy:
-    """What one plan keeps of a short path, found when asked: a walk over victims asks for few nodes."""
-
-    __slots__ = ("plan",)
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-
-    def get(self, node: Node, default: Literal[0], /) -> int:
-        return _kept_by(self.plan).get(node, default) if node in self.plan.path.nodes else default
-
-
-def _kept_by(plan: Plan) -> dict[Node, int]:
-    kept: dict[Node, int] = {}
-    plan.keep_shared(kept)
-    if plan.tail_len:
-        kept[plan.path.nodes[-1]] = plan.pages_to_source()
-    return kept
 
 
 class _HeldByHand:
@@ -167,9 +93,7 @@ class Reserve:
                 if node in spared:
                     return None
                 run = node.pages
-                count = len(run) // PAGE_ID_BYTES
-                if count > missing:
-                    count = missing
+                count = min(len(run) // PAGE_ID_BYTES, missing)
                 victims.append((node, count))
                 runs.append(run[-count * PAGE_ID_BYTES :])
                 missing -= count
@@ -195,7 +119,12 @@ class Reserve:
             return False
         if at:
             manager.take_into(pages[:at])
-        stats = self.stats
+        self._evict_into(pages[at:])
+        return True
+
+    def _evict_into(self, pages: PageArray) -> None:
+        """Trims so many pages, which are idle, and writes their numbers; their references are the caller's now."""
+        tree, stats, at, num_pages = self.tree, self.stats, 0, len(pages)
         while at < num_pages:
             node = next(iter(tree.idle))
             run = node.pages
@@ -205,8 +134,7 @@ class Reserve:
             stats.evicted_ages[(tree.clock - node.stamp).bit_length()] += count
             stats.evicted_reuses[node.num_reuses.bit_length()] += count
             tree.cut_end(node, count)
-        stats.num_evicted_pages += missing
-        return True
+        stats.num_evicted_pages += num_pages
 
     def give_back(self, pages: PageArray, victims: list[tuple[Node, int]]) -> None:
         """Undoes a `claim`."""
@@ -241,9 +169,13 @@ class Reserve:
 
     def evict(self, num_pages: int) -> int:
         """Frees up to `num_pages` idle pages; returns how many."""
-        victims, pages = self.find(num_pages)
-        self.evict_named(victims)
-        self.manager.free(pages)
+        if self.manager.was_referenced_by_hand:
+            victims, pages = self.find(num_pages)
+            self.evict_named(victims)
+        else:
+            pages = np.empty(min(num_pages, self.tree.num_idle_pages), _INT32)
+            self._evict_into(pages)
+        self.manager.drop(pages)
         return len(pages)
 
     def find(self, num_pages: int, kept: Kept = NOTHING_KEPT) -> tuple[list[tuple[Node, int]], PageArray]:
@@ -288,7 +220,7 @@ class Reserve:
         if len(plans) == 1 and not self.manager.was_referenced_by_hand:
             plan = plans[0]
             if missing <= self.tree.num_idle_pages - plan.path.num_pages:
-                return _KeptBy(plan) if len(plan.path.nodes) <= _SHORT_PATH else _kept_by(plan)
+                return kept_by(plan)
         return self._fit_tightly(plans, needed, missing)
 
     def _fit_tightly(self, plans: list[Plan], needed: int, missing: int) -> dict[Node, int]:
@@ -320,29 +252,3 @@ class Reserve:
             reuses[node.num_reuses.bit_length()] += count
             stats.num_evicted_pages += count
             tree.cut_end(node, count)
-
-
-def plan_start(
-    tree: RadixTree, seq_id: Hashable, key: bytes, namespace: Hashable, *, max_cached: int, whole_pages: bool
-) -> Plan:
-    """Looks up what a sequence can reuse; changes nothing.
-
-    Args:
-        tree: where to look.
-        seq_id: kept for later.
-        key: tokens as bytes, not empty.
-        namespace: under which root.
-        max_cached: reuse at most this many tokens.
-        whole_pages: share full pages only, fork no tail.
-    """
-    path = tree.match(key, namespace, limit=max(0, max_cached) * TOKEN_BYTES)
-    num_shared, tail = divmod(path.num_bytes, tree.page_bytes)
-    return Plan(
-        seq_id,
-        key,
-        namespace,
-        path,
-        num_shared,
-        0 if whole_pages else tail // TOKEN_BYTES,
-        -(-len(key) // tree.page_bytes),
-    )

@@ -139,9 +139,10 @@ class Pin:
 
 def match_of(path: Path, page_bytes: int) -> PrefixMatch:
     """A lookup's result in the words of the interface."""
-    num_full, tail = divmod(path.num_bytes, page_bytes)
+    num_bytes = path.num_bytes
+    num_full, tail = divmod(num_bytes, page_bytes)
     pages = np.frombuffer(path.pages, _INT32)
     if len(pages) == num_full:
-        return PrefixMatch(path.num_bytes // TOKEN_BYTES, pages, None, 0)
+        return PrefixMatch(num_bytes // TOKEN_BYTES, pages, None, 0)
     tail_page = int(pages[num_full]) if tail else None
     return PrefixMatch(path.num_bytes // TOKEN_BYTES, pages[:num_full], tail_page, tail // TOKEN_BYTES)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from radix.node import PAGE_ID_BYTES
-from radix.reserve import Plan, source_of
+from radix.plan import Plan, source_of
 from radix.running import Running, Started, started
 from radix.tokens import TOKEN_BYTES, check_rest
 
@@ -24,7 +24,7 @@ _INT32 = np.dtype(np.int32)
 
 
 def start_one(
-    state: State, seq_id: Hashable, key: bytes, namespace: Hashable, max_cached: int, whole_pages: bool
+    state: State, seq_id: Hashable, key: bytes, namespace: Hashable, max_cached: int, *, whole_pages: bool
 ) -> Started:
     """`start_all` for one sequence, in one go: only if pages are short is there something to plan.
 

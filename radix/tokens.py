@@ -93,9 +93,11 @@ def unchecked_key(tokens: Tokens) -> bytes:
 
 def unchecked_view(tokens: Tokens) -> bytes | memoryview:
     """`unchecked_key` that only looks at long int32 arrays: for lookups, which need no copy."""
-    if type(tokens) is np.ndarray and tokens.dtype is _INT32 and len(tokens) >= _VIEWED and tokens.flags.c_contiguous:
-        return tokens.data.cast("B") if tokens.ndim == 1 else as_key(tokens)
-    return unchecked_key(tokens)
+    if type(tokens) is np.ndarray and tokens.dtype is _INT32 and tokens.ndim == 1:
+        if len(tokens) < _VIEWED or not (view := tokens.data).c_contiguous:
+            return tokens.tobytes()
+        return view.cast("B")
+    return as_key(tokens)
 
 
 def check_rest(query: bytes | memoryview, num_bytes: int) -> None:

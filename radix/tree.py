@@ -128,12 +128,12 @@ class RadixTree:
             raise BadValueError(f"namespace must be hashable, not {namespace!r}: {error}") from None
         nodes: list[Node] = []
         at, size, page_bytes = 0, len(key), self.page_bytes
-        in_place = isinstance(key, bytes)
+        whole = key if isinstance(key, bytes) else None
         while node is not None and at < size:
             child = node.children
             if child is None:
                 break
-            if type(child) is not Node:
+            if isinstance(child, Children):
                 page = bytes(key[at : at + page_bytes])
                 found = child.get(page)
                 if found is None:
@@ -144,11 +144,11 @@ class RadixTree:
                     break
                 child = found
             edge = child.key
+            end = at + len(edge)
             # The second form takes a view of the key for what the first compares in place: no copy either way.
-            if key.startswith(edge, at) if in_place else edge.startswith(key[at : at + len(edge)]) and at + len(edge) <= size:
+            if whole.startswith(edge, at) if whole is not None else end <= size and edge.startswith(key[at:end]):
                 nodes.append(child)
-                at += len(edge)
-                node = child
+                at, node = end, child
                 continue
             common = common_bytes(edge, key, at)
             if common:
@@ -190,17 +190,18 @@ class RadixTree:
     def hold(self, node: Node, stop: Node | None = None, *, reuses: int = 0) -> None:
         """Adds a holder to the path from `node` up to `stop` (not included; None: the root), and stamps all of it."""
         self.clock += 1
-        clock, idle = self.clock, self.idle
+        clock, idle, num_bytes = self.clock, self.idle, 0
         parent = node.parent
         while parent is not None and node is not stop:
             node.stamp = clock
             node.num_reuses += reuses
             if not node.num_holders:
                 del idle[node]
-                self.num_idle_pages -= len(node.pages) // PAGE_ID_BYTES
+                num_bytes += len(node.pages)
             node.num_holders += 1
             node = parent
             parent = node.parent
+        self.num_idle_pages -= num_bytes // PAGE_ID_BYTES
         if parent is not None:
             self._stamp_from(node)
 
@@ -210,16 +211,17 @@ class RadixTree:
         What becomes idle goes to the recent end of the queue, deepest node first.
         """
         self.clock += 1
-        clock, idle = self.clock, self.idle
+        clock, idle, num_bytes = self.clock, self.idle, 0
         parent = node.parent
         while parent is not None and node is not stop:
             node.stamp = clock
             node.num_holders -= 1
             if not node.num_holders:
                 idle[node] = None
-                self.num_idle_pages += len(node.pages) // PAGE_ID_BYTES
+                num_bytes += len(node.pages)
             node = parent
             parent = node.parent
+        self.num_idle_pages += num_bytes // PAGE_ID_BYTES
         if parent is not None:
             self._stamp_from(node)
 

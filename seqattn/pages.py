@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from seqattn.counts import as_count, is_int, positive
-from seqattn.errors import InvariantError, LengthError, NoPageError, PageError, SharedPageError
+from seqattn.copies import refuse_copy
+from seqattn.counts import as_count, positive
+from seqattn.errors import InvariantError, NoPageError, PageError
 from seqattn.page_lists import unique
 
 if TYPE_CHECKING:
@@ -221,11 +222,6 @@ class PageAllocator:
         self.available_pages_count += 1
         return 1
 
-    def free(self, pages: PageArray) -> None:
-        """Frees pages (int32, none twice) of which the caller holds the only reference (not checked)."""
-        self.ref_count[pages.astype(np.intp)] = 0
-        self._push(pages)
-
     def _push(self, pages: npt.NDArray[np.integer[Any]]) -> None:
         top = self.available_pages_count
         self.available_pages_count = top + len(pages)
@@ -242,40 +238,14 @@ class PageAllocator:
             SharedPageError: a destination that others hold too.
             LengthError: a number of slots that is not in [1, page_size], or lists of different lengths.
         """
-        self._refuse_copy(_as_ints(src_pages), _as_ints(dst_pages), _as_ints(num_slots))
+        refuse_copy(self, src_pages, dst_pages, num_slots)
 
     def check_copy(
         self, src_pages: PageList, dst_pages: PageList, num_slots: PageList
     ) -> tuple[PageArray, PageArray, PageArray]:
         """The checked arguments of `copy_page_slots` as int32 arrays."""
-        self._refuse_copy(_as_ints(src_pages), _as_ints(dst_pages), _as_ints(num_slots))
+        refuse_copy(self, src_pages, dst_pages, num_slots)
         return self.as_pages(src_pages), self.as_pages(dst_pages), np.asarray(num_slots, dtype=np.int32).reshape(-1)
-
-    def _refuse_copy(self, src: list[int], dst: list[int], slots: list[int]) -> None:
-        """Raises what `copy_page_slots` raises; plain Python, since most copies are of one page."""
-        if len(src) == len(dst) == len(slots) == 1 and self._is_copy(src[0], dst[0], slots[0]):
-            return
-        if not len(src) == len(dst) == len(slots):
-            raise LengthError(f"{len(src)} source pages, {len(dst)} destinations and {len(slots)} slot counts differ")
-        count_of = self.ref_count.item
-        for page in src + dst:
-            if not is_int(page) or not 0 <= page < self.num_pages or not count_of(page):
-                raise PageError(f"page {page!r} is not in use: a copy needs both of its pages allocated")
-        for page in dst:
-            if count_of(page) > 1:
-                raise SharedPageError(page, count_of(page))
-        for count in slots:
-            if not is_int(count) or not 1 <= count <= self.page_size:
-                raise LengthError(f"{count!r} slots cannot be copied: a page has {self.page_size}")
-        if len(set(dst)) < len(dst) or not set(dst).isdisjoint(src):
-            raise PageError(f"destinations {dst} must differ from each other and from the sources {src}")
-
-    def _is_copy(self, src: int, dst: int, num_slots: int) -> bool:
-        """Whether these make a copy of one page beyond doubt: what is odd gets the closer look, and its message."""
-        if not type(src) is type(dst) is type(num_slots) is int or not 0 <= src != dst >= 0:
-            return False
-        most, count_of = self.num_pages, self.ref_count.item
-        return src < most and dst < most and 1 <= num_slots <= self.page_size and count_of(src) > 0 and count_of(dst) == 1
 
     def as_pages(self, page_indices: PageList) -> PageArray:
         """Page numbers as an int32 array, checked to be integers in [0, num_pages).
@@ -326,7 +296,3 @@ class PageAllocator:
         if len(off):
             page = int(off[0])
             raise InvariantError("P3", f"page {page} has ref_count {self.ref_count[page]} but {known[page]} holders")
-
-
-def _as_ints(values: PageList) -> list[int]:
-    return values.tolist() if isinstance(values, np.ndarray) else list(values)

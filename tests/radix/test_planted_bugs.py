@@ -15,6 +15,7 @@ from radix import adopt, reserve, starting
 from radix.cache import PrefixCache
 from radix.node import PAGE_ID_BYTES, Node
 from radix.pin import Pinned
+from radix.plan import Plan
 from radix.tree import RadixTree
 from seqattn.descriptor import CacheDescriptor
 from seqattn.errors import NoPageError, SeqAttnError
@@ -94,7 +95,7 @@ def a_pin_forgets_the_partly_matched_page(patch: pytest.MonkeyPatch) -> None:
 def a_start_that_fails_has_evicted(patch: pytest.MonkeyPatch) -> None:
     real = reserve.Reserve.fit
 
-    def fit(self: reserve.Reserve, plans: list[reserve.Plan]) -> Any:  # noqa: ANN401
+    def fit(self: reserve.Reserve, plans: list[Plan]) -> Any:  # noqa: ANN401
         try:
             return real(self, plans)
         except NoPageError:
@@ -283,8 +284,8 @@ def a_fork_copies_nothing(patch: pytest.MonkeyPatch) -> None:
 
 @bug
 def the_source_of_a_tail_may_be_evicted_for_it(patch: pytest.MonkeyPatch) -> None:
-    real = reserve.Plan.pages_to_source
-    patch.setattr(reserve.Plan, "pages_to_source", lambda self: real(self) - 1)
+    real = Plan.pages_to_source
+    patch.setattr(Plan, "pages_to_source", lambda self: real(self) - 1)
 
 
 @bug
