@@ -50,6 +50,8 @@ GROUPS = (
     Group("turn", {"page_size": 16}, (OURS, WHOLE, RUST, CLASSIC, VLLM)),
     Group("turn", {"page_size": 64}, (OURS, WHOLE, RUST)),
     Group("turn", {"page_size": 1}, (WHOLE, RUST)),
+    Group("anatomy", {}, (OURS, WHOLE)),
+    Group("anatomy", {"scale": 0.1}, (OURS, WHOLE)),
     Group("deep", {"shape": "chat"}, (OURS, RUST, CLASSIC, VLLM)),
     Group("deep", {"shape": "branches"}, (OURS, RUST, CLASSIC)),
     Group("evict", {"leaves": 10_000}, (OURS, RUST, CLASSIC, VLLM)),

@@ -23,11 +23,12 @@ from benchmarks.rows import Row, make_row
 
 __all__ = ["SCRIPTS", "TakeSamples", "main", "prepared", "print_run", "sizes_of"]
 
-#: in the order of the report; `attention` and `copies` have no peer
+#: in the order of the report; `anatomy`, `tokens`, `copies` and `attention` have no peer
 SCRIPTS = (
     "match",
     "insert",
     "turn",
+    "anatomy",
     "deep",
     "evict",
     "allocate",

@@ -39,6 +39,7 @@ def write_report() -> str:
         "machine": _machine(rows),
         "hit_rates": _hit_rates(rows),
         "copies": _copies(rows),
+        "anatomy": _anatomy(rows),
         "losses": _losses(medians),
         "tokens": _pivot(medians, "tokens"),
         "attention": _pivot(medians, "attention"),
@@ -140,6 +141,22 @@ def _copies(rows: Sequence[Row]) -> str:
         f"bfloat16, {copies[0]['facts']['bytes'] / 2**20:g} MiB, takes {median} on this CPU; on a GPU it is one kernel "
         "that the host does not wait for, and it saves computing those tokens."
     )
+
+
+def _anatomy(rows: Sequence[Row]) -> str:
+    """Our turn call by call: median times, of texts as long as the chat's and a tenth as long, and counts of calls."""
+    times: dict[tuple[str, str, float], list[float]] = defaultdict(list)
+    facts: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["script"] == "anatomy":
+            times[row["impl"], row["measure"], row["options"]["scale"]].append(row["median"])
+            facts[row["impl"], row["measure"]] = row["facts"]
+    lines = [["", "call", "time", "a tenth as long", "calls of Python functions", "of C functions"]]
+    lines.append(["---", "---", "---:", "---:", "---:", "---:"])
+    for (impl, call), counts in facts.items():
+        both = [quantity(statistics.median(times[impl, call, scale]), "us") for scale in (1.0, 0.1)]
+        lines.append([IMPLS[impl].title, f"`{call}`", *both, f"{counts['python_calls']:g}", f"{counts['c_calls']:g}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if facts else "Not run."
 
 
 def _machine(rows: Sequence[Row]) -> str:

@@ -45,8 +45,8 @@ class Chat(NamedTuple):
     capacity: int
 
 
-def chat(num_conversations: int = 500, num_turns: int = 8, num_live: int = 64) -> Chat:
-    """Conversations over one system prompt of 1,000 tokens: 100 of the user and 200 of reply a turn.
+def chat(num_conversations: int = 500, num_turns: int = 8, num_live: int = 64, *, scale: float = 1.0) -> Chat:
+    """Conversations over one system prompt of 1,000 tokens: 100 of the user and 200 of reply a turn, times `scale`.
 
     `num_live` conversations run at a time and take turns at random; when one ends the next begins. The capacity is 30 %
     of all distinct tokens.
@@ -54,7 +54,7 @@ def chat(num_conversations: int = 500, num_turns: int = 8, num_live: int = 64) -
     generator = np.random.default_rng(123)
 
     def draw(num_tokens: int) -> Ids:
-        return generator.integers(0, VOCABULARY, num_tokens, dtype=np.int64)
+        return generator.integers(0, VOCABULARY, round(num_tokens * scale), dtype=np.int64)
 
     system = draw(1000)
     questions = [[draw(100) for _ in range(num_turns)] for _ in range(num_conversations)]
@@ -65,7 +65,7 @@ def chat(num_conversations: int = 500, num_turns: int = 8, num_live: int = 64) -
         prompt = np.concatenate((history[i], questions[i][at]))
         turns.append(Turn(prompt, replies[i][at]))
         history[i] = np.concatenate((prompt, replies[i][at]))
-    num_distinct = len(system) + num_conversations * num_turns * 300
+    num_distinct = len(system) + num_conversations * num_turns * round(300 * scale)
     return Chat(turns, int(num_distinct * 0.30) // 64 * 64)
 
 

@@ -12,6 +12,8 @@ from radix.tokens import as_key
 from seqattn import PageAllocator
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from benchmarks.workload import Ids
@@ -107,6 +109,11 @@ class Ours:
         self.cache.start(0, turn[0])
         self.cache.extend([0], [turn[1]])
         self.cache.finish(0)
+
+    def steps_of(self, prompt: Ids, reply: Ids) -> tuple[Callable[[], object], ...]:
+        """The three calls that `turn` makes."""
+        cache, tokens, answer = self.cache, self.prompt(prompt), self.prompt(reply)
+        return lambda: cache.start(0, tokens), lambda: cache.extend([0], [answer]), lambda: cache.finish(0)
 
     def turn_facts(self) -> dict[str, float]:
         """What the chat has shown beside its cost; raises if a page has been lost."""
