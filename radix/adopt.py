@@ -10,6 +10,7 @@ than this one. Pages that go into the tree while forks hold them make the forks 
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -145,10 +146,10 @@ def hand_over(state: State, run: Running, num_tokens: int) -> PageArray:
 
 def _append(state: State, run: Running, num_tokens: int, own: PageArray) -> bool:
     """The most common case: the deepest node that the sequence holds is its alone, and grows in place."""
-    if run.node is None or not len(own) or state.manager.ref_count.item(own.item(0)) > 1:
+    if run.node is None or run.node.num_holders > 1 or not len(own) or state.manager.ref_count.item(own.item(0)) > 1:
         return False
     key = run.key(num_tokens, run.num_tree_pages * state.tree.page_size)
     gone = state.tree.append(run.node, key, own.tobytes())
     if gone:
-        state.manager.drop(np.frombuffer(gone, dtype=np.int32))
+        state.manager.drop_one(int.from_bytes(gone, sys.byteorder))
     return gone is not None

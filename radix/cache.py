@@ -166,8 +166,8 @@ class PrefixCache:
         key = unchecked_key(tokens)
         with self.lock:
             self._refuse_running(seq_id)
-            max_cached = len(key) - TOKEN_BYTES * _uncached(key, min_uncached_tokens)
-            return start_one(self.state, seq_id, key, namespace, max_cached, whole_pages=self.whole_pages)
+            limit = len(key) - TOKEN_BYTES * _uncached(key, min_uncached_tokens)
+            return start_one(self.state, seq_id, key, namespace, limit, whole_pages=self.whole_pages)
 
     def start_many(
         self,
@@ -226,7 +226,8 @@ class PrefixCache:
         keys = keys_of(token_ids)
         with self.lock:
             if len(seq_ids) == len(keys) == 1:
-                extend_one(self.state, seq_ids[0], self._get(seq_ids[0]), keys[0])
+                (seq_id,) = seq_ids
+                extend_one(self.state, seq_id, self._get(seq_id), keys[0])
                 return
             for seq_id in seq_ids:
                 self._get(seq_id)

@@ -71,26 +71,26 @@ class Reserve:
     tree: RadixTree
     stats: CacheStats
 
-    def claim(self, pages: PageArray, spared: list[Node]) -> list[tuple[Node, int]] | None:
+    def claim(self, pages: PageArray, spared: Node | None) -> list[tuple[Node, int]] | None:
         """`reserve` for one sequence, straight into its page table, in all but rare cases.
 
         Args:
             pages: int32; free pages are taken into its beginning, idle ones named in the rest.
-            spared: nodes that nothing may be taken from.
+            spared: a node that nothing may be taken from, nor from those above it, which stand behind it in the queue.
 
         Returns:
-            The victims to `evict_named`, or to `give_back`. None if it takes a closer look than this, in vain or at
-            spared nodes or at pages held by hand: nothing has changed then.
+            The victims to `evict_named`, or to `give_back`. None if too few pages are idle, if a victim would be
+            spared, or if pages are held by hand: nothing has changed then, and `reserve` takes the closer look.
         """
         manager = self.manager
         num_free, missing = manager.available_pages_count, len(pages) - manager.available_pages_count
         victims: list[tuple[Node, int]] = []
         if missing > 0:
-            if manager.was_referenced_by_hand:
+            if missing > self.tree.num_idle_pages or manager.was_referenced_by_hand:
                 return None
             runs = []
             for node in self.tree.idle:
-                if node in spared:
+                if node is spared:
                     return None
                 run = node.pages
                 count = min(len(run) // PAGE_ID_BYTES, missing)
@@ -99,8 +99,6 @@ class Reserve:
                 missing -= count
                 if not missing:
                     break
-            else:
-                return None
             pages[num_free:] = np.frombuffer(runs[0] if len(runs) == 1 else b"".join(runs), _INT32)
             pages = pages[:num_free]
         if len(pages):
@@ -108,7 +106,7 @@ class Reserve:
         return victims
 
     def take(self, pages: PageArray) -> bool:
-        """`claim` and `evict_named` at once; False if it takes a closer look: nothing has changed then."""
+        """`claim` and `evict_named` at once; False where `claim` gives None: nothing has changed then."""
         manager, tree = self.manager, self.tree
         num_pages, at = len(pages), manager.available_pages_count
         missing = num_pages - at
@@ -119,7 +117,7 @@ class Reserve:
             return False
         if at:
             manager.take_into(pages[:at])
-        self._evict_into(pages[at:])
+        self._evict_into(pages[at:] if at else pages)
         return True
 
     def _evict_into(self, pages: PageArray) -> None:
@@ -133,7 +131,7 @@ class Reserve:
             at += count
             stats.evicted_ages[(tree.clock - node.stamp).bit_length()] += count
             stats.evicted_reuses[node.num_reuses.bit_length()] += count
-            tree.cut_end(node, count)
+            tree.trim(node, count)
         stats.num_evicted_pages += num_pages
 
     def give_back(self, pages: PageArray, victims: list[tuple[Node, int]]) -> None:
@@ -251,4 +249,4 @@ class Reserve:
             ages[(clock - node.stamp).bit_length()] += count
             reuses[node.num_reuses.bit_length()] += count
             stats.num_evicted_pages += count
-            tree.cut_end(node, count)
+            tree.trim(node, count)

@@ -103,11 +103,6 @@ class Running(SequenceData):
         return cls(table, num_pages, num_tokens - (num_pages - 1) * page_size, namespace, prompt)
 
     @property
-    def num_bytes(self) -> int:
-        """Length of all its tokens as a key."""
-        return len(self.prompt) + len(self.tail)
-
-    @property
     def num_ids(self) -> int:
         """Token ids of the prompt and those added since."""
         return (len(self.prompt) + len(self.tail)) // TOKEN_BYTES

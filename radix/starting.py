@@ -24,7 +24,7 @@ _INT32 = np.dtype(np.int32)
 
 
 def start_one(
-    state: State, seq_id: Hashable, key: bytes, namespace: Hashable, max_cached: int, *, whole_pages: bool
+    state: State, seq_id: Hashable, key: bytes, namespace: Hashable, limit: int, *, whole_pages: bool
 ) -> Started:
     """`start_all` for one sequence, in one go: only if pages are short is there something to plan.
 
@@ -33,18 +33,18 @@ def start_one(
         seq_id: an id that is not running.
         key: the prompt's tokens, not empty.
         namespace: under which root.
-        max_cached: bytes of the key that may be reused.
+        limit: bytes of the key that may be reused, less than none for none.
         whole_pages: share full pages only, fork no tail.
     """
     tree = state.tree
-    path = tree.match(key, namespace, limit=max_cached if max_cached > 0 else 0)
+    path = tree.match(key, namespace, limit=limit if limit > 0 else 0)
     cached, size, page_bytes = path.num_bytes, len(key), tree.page_bytes
     check_rest(key, cached)
     shared, num_pages = cached // page_bytes, -(-size // page_bytes)
     tail_len = 0 if whole_pages else cached % page_bytes // TOKEN_BYTES
     table = np.empty(num_pages + num_pages // 8 + 8, _INT32)
     pages = table[shared:num_pages]
-    victims = state.reserve.claim(pages, path.nodes)
+    victims = state.reserve.claim(pages, path.nodes[-1] if path.nodes else None)
     if victims is None:
         return start_all(state, [Plan(seq_id, key, namespace, path, shared, tail_len, num_pages)])[0]
     run = Running(table, num_pages, (size - 1) % page_bytes // TOKEN_BYTES + 1, namespace, key)
@@ -81,13 +81,14 @@ def start_all(state: State, plans: list[Plan]) -> list[Started]:
             reserve.cancel(reservation)
             raise
     pages, at, begun = reservation.pages, len(forks), list[Started]()
-    tails = iter(range(at))
+    tail = 0
     for plan in plans:
         run = Running.of(plan.num_pages, state.tree.page_size, plan.namespace, plan.key)
         first, end = plan.num_shared, at + plan.num_new
         forked = None
         if plan.tail_len:
-            forked = plan.source, pages.item(next(tails)), plan.tail_len
+            forked = plan.source, pages.item(tail), plan.tail_len
+            tail += 1
             run.table[first] = forked[1]
             first, end = first + 1, end - 1
         run.table[first:] = pages[at:end]
@@ -109,9 +110,9 @@ def _begin(
     """Makes a sequence run whose table has all but the shared pages; cannot fail."""
     num_cached = shared * state.tree.page_size
     if shared:
-        table = run.table[:shared]
-        table[:] = np.frombuffer(path.pages, _INT32, shared)
-        state.manager.hold(table)
+        held = np.frombuffer(path.pages, _INT32, shared)
+        run.table[:shared] = held
+        state.manager.hold(held)
     if forked is not None:
         num_cached += forked[2]
         _hold_forked(state.tree, run, path, shared)
@@ -136,11 +137,12 @@ def _begin(
 def _hold_forked(tree: RadixTree, run: Running, path: Path, shared: int) -> None:
     """Holds the nodes of the shared pages; stamps them, and the page that the tail was copied from."""
     source = tree.cut(path.nodes[-1], path.num_pages, shared + 1)
-    source.num_reuses += 1
     if not shared:
+        source.num_reuses += 1
         tree.stamp(source)
         return
     run.node = node = tree.cut(source, shared + 1, shared)
     run.num_tree_pages = shared
     tree.hold(node, reuses=1)
+    source.num_reuses += 1
     tree.stamp_too(source)

@@ -102,11 +102,12 @@ def unchecked_view(tokens: Tokens) -> bytes | memoryview:
 
 def check_rest(query: bytes | memoryview, num_bytes: int) -> None:
     """Checks the token ids of a query after the first `num_bytes` bytes, which matched; raises TokenError."""
-    if len(query) > num_bytes:
-        rest = query[num_bytes:]
-        short = len(rest) <= _STRIDED
-        if not bytes(rest)[_HIGH_BYTE::TOKEN_BYTES].isascii() if short else np.minimum.reduce(token_ids(rest)) < 0:
+    size = len(query) - num_bytes
+    if size > _STRIDED:
+        if np.minimum.reduce(token_ids(query)[num_bytes // TOKEN_BYTES :]) < 0:
             raise _bad_token(token_ids(query))
+    elif size > 0 and not bytes(query[num_bytes + _HIGH_BYTE :: TOKEN_BYTES]).isascii():
+        raise _bad_token(token_ids(query))
 
 
 def _as_array(tokens: Tokens) -> npt.NDArray[Any]:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import Literal, Protocol
 
@@ -430,16 +430,11 @@ class RadixTree:
                 num_pages -= count
         return found
 
-    def trim(self, victims: Collection[tuple[Node, int]]) -> None:
-        """Takes the pages that `victims` named out of the tree; `pages_of` says which.
+    def trim(self, node: Node, count: int) -> None:
+        """Takes the last `count` pages of an idle leaf out of the tree; `pages_of` says which.
 
-        Cost: O(pages), amortised, and O(log siblings) for each node that goes.
+        Cost: O(pages), amortised, and O(log siblings) if the node goes.
         """
-        for node, count in victims:
-            self.cut_end(node, count)
-
-    def cut_end(self, node: Node, count: int) -> None:
-        """Takes the last `count` pages of one victim out of the tree."""
         self.num_pages -= count
         self.num_idle_pages -= count
         if len(node.key) > _LONGEST_CUT:

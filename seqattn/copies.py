@@ -49,4 +49,6 @@ def _is_copy(manager: PageAllocator, src: int, dst: int, num_slots: int) -> bool
 
 
 def _as_ints(values: PageList) -> list[int]:
+    if type(values) is list:
+        return values
     return values.tolist() if isinstance(values, np.ndarray) else list(values)

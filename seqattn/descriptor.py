@@ -466,5 +466,5 @@ def _flatten(tables: Sequence[PageArray], buffers: Buffers) -> tuple[torch.Tenso
 
 
 def _int32(values: list[int]) -> npt.NDArray[np.int32]:
-    """`np.array(values, dtype=np.int32)` in half the time."""
+    """`np.array(values, dtype=np.int32)` in two thirds of the time for hundreds of them, where it matters."""
     return np.frombuffer(bytearray(struct.pack(f"{len(values)}i", *values)), np.int32)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PageAllocator"]
 
+_INTP = np.dtype(np.intp)
 _ONE = np.array(1, dtype=np.int32)  # halves the cost of an addition: numpy need not find a common type for an int
 
 
@@ -184,13 +185,13 @@ class PageAllocator:
 
     def hold(self, pages: PageArray) -> None:
         """Adds a reference to each of these pages: int32, in use, no page twice (not checked)."""
-        index = pages.astype(np.intp)
+        index = pages.astype(_INTP)
         held = self.ref_count[index]
         self.ref_count[index] = np.add(held, _ONE, held)
 
     def unhold(self, pages: PageArray) -> None:
-        """`drop` for pages that others hold too (not checked): none of them becomes free."""
-        index = pages.astype(np.intp)
+        """`drop` for pages that somebody else holds too, the tree (not checked): none of them becomes free."""
+        index = pages.astype(_INTP)
         left = self.ref_count[index]
         self.ref_count[index] = np.subtract(left, _ONE, left)
 
@@ -201,7 +202,7 @@ class PageAllocator:
             How many pages became free.
         """
         if len(pages) == 1:
-            return self._drop_one(pages.item(0))
+            return self.drop_one(pages.item(0))
         index = pages.astype(np.intp)
         left = self.ref_count[index]
         np.subtract(left, _ONE, left)
@@ -213,7 +214,7 @@ class PageAllocator:
         self._push(freed)
         return len(freed)
 
-    def _drop_one(self, page: int) -> int:
+    def drop_one(self, page: int) -> int:
         """`drop` of one page: scalars are cheaper than arrays of one."""
         self.ref_count[page] = left = self.ref_count.item(page) - 1
         if left:

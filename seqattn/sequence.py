@@ -47,15 +47,12 @@ class SequenceData:
         if not is_int(last_page_len) or last_page_len < 0 or (last_page_len > 0) != (num_pages > 0):
             wanted = "an integer of at least 1" if num_pages else "0"
             raise LengthError(f"last_page_len {last_page_len!r} does not fit {num_pages} pages: it must be {wanted}")
-        self.own(table, num_pages, int(last_page_len))
-
-    def own(self, buffer: PageArray, num_pages: int, last_page_len: int) -> None:
-        """Makes `buffer`, int32, the page table: its first `num_pages` entries are in use, the rest is room to grow."""
-        self._buffer = buffer
+        #: room for the table to grow into: its first `num_pages` entries are in use
+        self._buffer = table
         self.num_pages = num_pages
-        self.last_page_len = last_page_len
+        self.last_page_len = int(last_page_len)
         #: the entries in use, for the owner of the sequence to write
-        self.table = buffer[:num_pages]
+        self.table = table
 
     @property
     def last_page(self) -> int:

@@ -233,6 +233,7 @@ def publication_after(num_published: int) -> Cost:
 def test_publishing_a_chunk_costs_the_same_however_much_was_published() -> None:
     # An edge that grows is copied, and old and new are there at once; at 16,384 tokens the next edge begins.
     assert_flat(publication_after(1024), publication_after(14_336), more_bytes=8 * (14_336 - 1024))
+    # Whoever publishes uses the whole path, edge by edge: two of them here, four there.
     two_edges = publication_after(16_384 + 4096)
     assert_flat(two_edges, publication_after(16_384 * 3 + 4096), more_bytes=8 * 16_384)
 

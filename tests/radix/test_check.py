@@ -40,7 +40,8 @@ def swap_pages(cache: PrefixCache) -> None:
 def forget_pages(cache: PrefixCache) -> None:
     """The pages of [2 2 3] leave the tree, but keep its references."""
     tree = cache.tree
-    tree.trim(tree.victims(2))
+    for node, count in tree.victims(2):
+        tree.trim(node, count)
 
 
 def add_behind(cache: PrefixCache) -> None:

@@ -164,15 +164,15 @@ def a_split_counts_a_holder_of_the_upper_half_twice(patch: pytest.MonkeyPatch) -
 
 @bug
 def trimming_takes_the_head_of_an_edge(patch: pytest.MonkeyPatch) -> None:
-    real = RadixTree.cut_end
+    real = RadixTree.trim
 
-    def cut_end(self: RadixTree, node: Node, count: int) -> None:
+    def trim(self: RadixTree, node: Node, count: int) -> None:
         if count < node.num_pages:
             pages = node.pages
             node.pages = pages[count * PAGE_ID_BYTES :] + pages[: count * PAGE_ID_BYTES]
         real(self, node, count)
 
-    patch.setattr(RadixTree, "cut_end", cut_end)
+    patch.setattr(RadixTree, "trim", trim)
 
 
 @bug

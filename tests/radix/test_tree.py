@@ -49,7 +49,8 @@ def victims(tree: RadixTree, num_pages: int) -> list[int]:
     """Trims so many pages; returns them."""
     victims = tree.victims(num_pages)
     gone = np.frombuffer(pages_of(victims), dtype=np.int32).tolist()
-    tree.trim(victims)
+    for node, count in victims:
+        tree.trim(node, count)
     tree.check()
     return sorted(gone)
 
