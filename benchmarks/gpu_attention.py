@@ -1,9 +1,13 @@
 """Decode attention on a GPU: plain, flashinfer's own cascade, and levels composed and chosen by this library.
 
-    python -m benchmarks.gpu_attention --out DIR [--only known|random] [--every-choice] [--heads 32 8 128]
+    python -m benchmarks.gpu_attention --out DIR [--only known|random] [--every-choice] [--heads 32 8 128] [--seed 0]
 
 Writes a row for each measurement to DIR/rows.jsonl and prints a table. A step is planned once and run in four layers,
 each with memory of its own, so that the L2 cache keeps nothing from one replay to the next; times are a layer's.
+
+"ours" is the planner's choice. "planner" is the time of the CPU from the forest to that choice, "planner again" that
+of the steps after it, and "forest" from page tables to the forest. A seed draws shapes
+that the constants of the planner were not fitted to.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ from benchmarks.gpu_timing import copy_rate, device_us, host_us, matrix_rate
 from seqattn import PagedAttention, PagedKVCacheManager
 from seqattn.attention.calls import Choice
 from seqattn.attention.plan import plan_batch
-from seqattn.forest import build_forest
+from seqattn.cost import runs_that_pay
+from seqattn.forest import Run, build_forest
 from seqattn.hybrid import pack_hybrid, pack_runs
 from seqattn.packed import FlashInferHybridData
 from tests.gpu.batches import attend, relative_error
@@ -51,12 +56,24 @@ class Step:
             cache.normal_()
         self.q = torch.randn(shape.batch, self.num_qo_heads, head_dim, device="cuda", dtype=DTYPE)
         self.attention = PagedAttention(self.manager, self.num_qo_heads, backend="flashinfer")
-        self.forest = build_forest(self.tables, ((self.lens - 1) // PAGE_SIZE).tolist())
+        self.cost_model = self.attention.cost_model
+        self.forest = self.build()
         self.bytes = num_pages * PAGE_SIZE * num_kv_heads * head_dim * 4
 
     def packed(self, cost_model: Any) -> FlashInferHybridData:  # noqa: ANN401  what pack_hybrid takes
         """Levels as the planner would have them."""
         return pack_hybrid(self.tables, self.lens, page_size=PAGE_SIZE, query_lens=None, cost_model=cost_model)
+
+    def build(self) -> tuple[list[int], list[Run]]:
+        """The forest of the page tables."""
+        return build_forest(self.tables, ((self.lens - 1) // PAGE_SIZE).tolist())
+
+    def planned(self, *, first: bool) -> list[bool]:
+        """From the forest to the runs that pay, as if for the first time or once more."""
+        if first and self.cost_model.device is not None:
+            self.cost_model.device.chosen.clear()
+        _, runs = self.forest
+        return runs_that_pay(runs, np.arange(len(self.lens) + 1), self.lens, PAGE_SIZE, self.cost_model)
 
     def layers(self) -> None:
         """The planned step in every layer."""
@@ -144,28 +161,6 @@ def every_choice(step: Step) -> Iterator[tuple[str, FlashInferHybridData, list[C
                 yield name or "plain", data, [*chosen, Choice("decode")]
 
 
-def calls_alone(step: Step) -> list[dict[str, Any]]:
-    """Each call of the planned step by itself: what it computes, and its time."""
-    prepared = step.attention._prepared
-    heads_each = step.num_qo_heads // step.manager.num_heads
-    rows = []
-    for call, wrapper in zip(prepared.work.calls, prepared.wrappers, strict=True):
-        by_group = call.by_group
-        shape = (int(call.qo_indptr[-1]), step.manager.num_heads if by_group else step.num_qo_heads)
-        q = torch.randn(*shape, step.manager.head_dim, device="cuda", dtype=DTYPE)
-
-        def run(wrapper: Any = wrapper, q: torch.Tensor = q) -> None:  # noqa: ANN401  flashinfer's, untyped
-            for layer in range(NUM_LAYERS):
-                wrapper.run(q, step.manager.layer_tensors(layer), return_lse=True)
-
-        groups = np.diff(call.qo_indptr) // (heads_each if by_group else 1), np.diff(call.kv_page_indptr) * PAGE_SIZE
-        kinds, counts = np.unique(np.stack(groups), axis=1, return_counts=True)
-        rows.append(
-            {"kernel": call.kernel, "groups": [*kinds.tolist(), counts.tolist()], "us": device_us(run, NUM_LAYERS)[0]}
-        )
-    return rows
-
-
 def measure(step: Step, rates: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
     """One shape in every way."""
     row: dict[str, Any] = {
@@ -178,7 +173,7 @@ def measure(step: Step, rates: dict[str, float], options: argparse.Namespace) ->
         plan()
         row[f"{name}_us"], row[f"{name}_spread"] = device_us(run, NUM_LAYERS)
         row[f"{name}_plan_us"], row[f"{name}_eager_us"] = host_us(plan), host_us(run) / NUM_LAYERS
-    data = step.packed(step.attention.cost_model)
+    data = step.packed(step.cost_model)
     step.choose(data, None)
     row["levels"] = len(data.levels)
     row["kernels"] = [f"{c.kernel}:{len(c.kv_last_page_len)}" for c in step.attention._prepared.work.calls]
@@ -189,15 +184,15 @@ def measure(step: Step, rates: dict[str, float], options: argparse.Namespace) ->
         host_us(lambda: step.choose(data, None)),
         host_us(step.layers) / NUM_LAYERS,
     )
-    row["pack_us"] = host_us(lambda: step.packed(step.attention.cost_model))
+    row["pack_us"] = host_us(lambda: step.packed(step.cost_model))
+    row["forest_us"] = host_us(step.build)
+    row["planner_us"] = host_us(lambda: step.planned(first=True))
+    row["planner_again_us"] = host_us(lambda: step.planned(first=False))
     if options.every_choice:
         row["choices"] = {}
-        row["calls"] = []
         for name, levels, choices in every_choice(step):
             step.choose(levels, choices)
             row["choices"][name] = device_us(step.layers, NUM_LAYERS)[0]
-            if "+" not in name:
-                row["calls"].append([name, calls_alone(step)])
     return row
 
 
@@ -221,6 +216,7 @@ def main() -> None:
         "matrix TFLOP/s": round(rates["matrix"] / 1e12),
         "heads": options.heads,
         "dtype": str(DTYPE),
+        "seed": options.seed,
     }
     print(json.dumps(about))
     shapes = (KNOWN if options.only != "random" else []) + (

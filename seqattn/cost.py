@@ -13,16 +13,16 @@ the L2 cache afterwards. Each level above the last adds `level_overhead_us`.
     plain    8 * 16000 * again(1 row) + 16000 * (975 - 418) ps     53.5 + 8.9 µs
     shared   16000 * first(8 rows, computed as 16)                 15.6 µs, and 25 µs for the level: pays
 
-The cost of a run depends on what is kept above it and on how many levels are left below it, and on nothing else; so the
-best choice is found exactly, from the leaves of the forest up.
+The best choice by these costs is found exactly (`seqattn.run_costs`).
 
-Kernels are not that simple: work comes in waves, and a level that leaves multiprocessors idle is cheaper in other
-slices. A model with a `Device` takes the best choice for each number of levels, by the costs above, and lets the
-device's own figures decide between them.
+Kernels are not that simple: work comes in waves, and calls share the device. A model with a `Device` takes whole depths
+of the forest and, where its runs differ, the best choice for each number of levels by the costs above, and lets the
+device's own figures decide between them. It remembers what it chose: the next steps of a batch come to the same.
 """
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +30,8 @@ from attrs import define, field
 
 from seqattn.device import Device, Heads, not_negative, positive_rate
 from seqattn.forest import Run
-from seqattn.groups import groups_of
+from seqattn.groups import RunArrays, cut_of
+from seqattn.run_costs import MOST_DEPTHS, RunChoice, RunCosts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +45,8 @@ __all__ = ["CostModel", "runs_that_pay"]
 
 #: shared levels at most, where a device decides
 _MOST_LEVELS = 3
+#: what a device has chosen is kept for this many steps of decoding, and for this many batches
+_STEPS_ALIKE, _MOST_CHOSEN = 32, 256
 
 
 @define(slots=True, frozen=True)
@@ -103,7 +106,7 @@ class CostModel:
             reread_bytes_per_s=max(device.decode.reread_bytes_per_s, device.fa2_64.bytes_per_s),
             flops_per_s=4 * 128 * 128 * device.num_processors / max(device.fa3.token_ns, 1e-3) * 1e9,
             level_overhead_us=device.level_us,
-            launch_us=device.start_us,
+            launch_us=device.plain_us,
             device=device,
             heads=heads,
         )
@@ -148,130 +151,69 @@ def runs_that_pay(
         page_size: tokens in a page.
         model: what things cost.
 
-    Cost: a dozen numpy calls for each depth of the forest, and O(runs * depth * levels) numbers.
+    Cost: some two hundred numpy calls, and O(runs * depth * levels) numbers; with a device that has seen the batch
+    before, a lookup.
     """
-    costs = _RunCosts(runs, rows_before, page_size, model)
-    none = [False] * len(runs)
-    if not runs or not (most_saved := costs.most_saved()) > 0:
-        return none
-    num_levels = 1 + int(costs.depth.max())
-    if model.level_overhead_us > 0:
-        num_levels = min(num_levels, int(most_saved / model.level_overhead_us))
-    if not num_levels:
-        return none
+    if not runs:
+        return []
+    arrays = RunArrays(runs, rows_before)
     if model.device is None:
-        return _Choice(costs, num_levels).best(model.level_overhead_us)
-    choices = _Choice(costs, min(num_levels, _MOST_LEVELS)).best_of_each()
-    levels = [groups_of(runs, kept, rows_before, num_tokens, page_size=page_size) for kept in (none, *choices)]
-    plain, *times = [model.device.step_us(groups, model.heads) for groups in levels]
-    least = min(times)
-    pays = least < (1 - model.device.margin) * plain - model.device.margin_us
-    return choices[times.index(least)] if pays else none
+        costs = RunCosts(arrays, rows_before, page_size, model)
+        num_levels = _num_levels(costs, model)
+        return RunChoice(costs, num_levels).best(model.level_overhead_us) if num_levels else [False] * len(runs)
+    memory = model.device.chosen
+    # What a step more adds to every sequence changes nothing yet.
+    mean = int(num_tokens.sum()) // (_STEPS_ALIKE * len(num_tokens))
+    key = b"".join((arrays.listed.tobytes(), rows_before.tobytes(), repr((mean, page_size, model.heads)).encode()))
+    kept = memory.get(key)
+    if kept is None:
+        kept = _fastest(arrays, rows_before, num_tokens, page_size, model, model.device)
+        if len(memory) >= _MOST_CHOSEN:
+            memory.clear()
+        memory[key] = kept
+    return list(kept)
 
 
-class _RunCosts:
-    """Arrays with an entry for each run; costs in microseconds a page."""
-
-    def __init__(self, runs: Sequence[Run], rows_before: Int64Array, page_size: int, model: CostModel) -> None:
-        begin, self.end, first, stop = (
-            np.array([getattr(run, name) for run in runs], dtype=np.int64) for name in ("begin", "end", "first", "stop")
-        )
-        self.num_pages = self.end - begin
-        self.parent = np.array([-1 if run.parent is None else run.parent for run in runs], dtype=np.int64)
-        depths: list[int] = []
-        for run in runs:
-            depths.append(0 if run.parent is None else depths[run.parent] + 1)
-        self.depth = np.array(depths, dtype=np.int64)
-        rows = rows_before[stop] - rows_before[first]
-        #: read by all rows of the run at once
-        self.first, self.again = page_size * model.first_us(rows), page_size * model.again_us(rows)
-        singles = np.concatenate(([0.0], np.cumsum(page_size * model.again_us(np.diff(rows_before)))))
-        #: read by each sequence of the run by itself
-        self.alone: FloatArray = singles[stop] - singles[first]
-        #: the same for the sequences that are in no run below it
-        self.leaving = self.alone.copy()
-        inner = self.parent >= 0
-        np.subtract.at(self.leaving, self.parent[inner], self.alone[inner])
-        self.reread = page_size * model.reread_us
-        #: what the first read costs more than the reads after it
-        self.extra = page_size * model.memory_us - self.reread
-
-    def most_saved(self) -> float:
-        """A bound on what levels can save: every run read once, at the rate of memory."""
-        return float(self.num_pages @ (self.alone - self.reread))
+def _num_levels(costs: RunCosts, model: CostModel) -> int:
+    """How many levels above the last may pay."""
+    if not (most_saved := costs.most_saved()) > 0:
+        return 0
+    num_levels = 1 + int(costs.depth.max())
+    return min(num_levels, int(most_saved / model.level_overhead_us)) if model.level_overhead_us > 0 else num_levels
 
 
-class _Choice:
-    """The cheapest runs to keep for every number of levels, from the leaves of the forest up.
+def _fastest(
+    runs: RunArrays, rows_before: Int64Array, num_tokens: Int64Array, page_size: int, model: CostModel, device: Device
+) -> list[bool]:
+    """The runs to keep by the device's own figures."""
+    costs = RunCosts(runs, rows_before, page_size, model)
+    none = [False] * len(runs.depth)
+    if not costs.most_saved() > 0:
+        return none
+    masks = _masks(costs, min(len(runs.members), _MOST_LEVELS))
+    cut, num_shared = cut_of(runs, masks, num_tokens, np.diff(rows_before), page_size=page_size)
+    plain, *times = device.times(cut, num_shared, model.heads)
+    best = min(range(len(times)), key=times.__getitem__)
+    if times[best] >= (1 - device.margin) * plain - device.margin_us:
+        return none
+    kept: list[bool] = masks[best + 1].tolist()
+    return kept
 
-    Below a run at depth d the cost depends on which of the d runs above it is the last one kept (or none), and on how
-    many levels are left. For each depth, `below[r, k, n]` is the cost of what lies below run r if its k-th candidate
-    was kept last, with n levels left: candidate 0 is none, candidate d + 1 the run itself.
+
+def _masks(costs: RunCosts, num_levels: int) -> npt.NDArray[np.bool_]:
+    """Choices of runs that a device compares, none the first and fewer levels before more; [choices, runs].
+
+    Depths as a whole, of the first few; and, where runs of one depth differ, the best by costs for each number of
+    levels.
     """
-
-    def __init__(self, costs: _RunCosts, num_levels: int) -> None:
-        self.costs = costs
-        self.num_levels = num_levels
-        self.members = [np.flatnonzero(costs.depth == depth) for depth in range(int(costs.depth.max()) + 1)]
-        #: index of each run among those of its depth
-        self.rank = np.empty(len(costs.depth), dtype=np.int64)
-        for members in self.members:
-            self.rank[members] = np.arange(len(members))
-        #: for each depth where keeping is cheaper, [runs, candidates above them, levels left]
-        self.keeps: list[npt.NDArray[np.bool_]] = []
-
-    def best(self, level_overhead_us: float) -> list[bool]:
-        """The choice for the best number of levels."""
-        by_levels = self._fill() + level_overhead_us * np.arange(self.num_levels + 1)
-        return self._kept(int(by_levels.argmin()))
-
-    def best_of_each(self) -> list[list[bool]]:
-        """The choice for each number of levels above 0."""
-        self._fill()
-        return [self._kept(num_levels) for num_levels in range(1, self.num_levels + 1)]
-
-    def _kept(self, levels_left: int) -> list[bool]:
-        kept: list[bool] = []
-        # For each run: the candidate kept last, itself included, and the levels left below it.
-        states: list[tuple[int, int]] = []
-        parents, depths, ranks = self.costs.parent.tolist(), self.costs.depth.tolist(), self.rank.tolist()
-        for parent, depth, rank in zip(parents, depths, ranks, strict=True):
-            last_kept, left = states[parent] if depth else (0, levels_left)
-            keep = bool(self.keeps[depth][rank, last_kept, left])
-            kept.append(keep)
-            states.append((depth + 1, left - 1) if keep else (last_kept, left))
-        return kept
-
-    def _fill(self) -> FloatArray:
-        """Notes where keeping is cheaper; returns the cost of the whole forest for each number of levels allowed."""
-        ends = self._candidate_ends()
-        below = np.zeros((len(self.members[-1]), len(self.members) + 1, self.num_levels + 1))
-        for depth in range(len(self.members) - 1, -1, -1):
-            cost = self._step(depth, ends[depth], below)
-            if depth:
-                below = np.zeros((len(self.members[depth - 1]), depth + 1, self.num_levels + 1))
-                np.add.at(below, self.rank[self.costs.parent[self.members[depth]]], cost)
-        self.keeps.reverse()
-        whole: FloatArray = cost[:, 0].sum(axis=0)
-        return whole
-
-    def _step(self, depth: int, ends: FloatArray, below: FloatArray) -> FloatArray:
-        """The cost of the runs of one depth and all below them, for each candidate above them and number of levels."""
-        costs, members = self.costs, self.members[depth]
-        leaving, again, first = (values[members, None] for values in (costs.leaving, costs.again, costs.first))
-        own = costs.num_pages[members, None]
-        uncovered = ends[:, -1:] - ends[:, :-1]
-        skip = below[:, :-1] + (uncovered * leaving + own * costs.extra)[..., None]
-        keep = np.full_like(skip, np.inf)
-        # Pages of runs that were dropped above come along, read by others too.
-        keep[..., 1:] = ((uncovered - own) * again + own * first)[..., None] + below[:, -1:, :-1]
-        self.keeps.append(keep < skip)
-        return np.minimum(keep, skip)
-
-    def _candidate_ends(self) -> list[FloatArray]:
-        """For each depth the ends of what may be kept last: nothing (0), each run above, the run; [runs, depth + 2]."""
-        ends: list[FloatArray] = []
-        for depth, members in enumerate(self.members):
-            above = ends[-1][self.rank[self.costs.parent[members]]] if depth else np.zeros((len(members), 1))
-            ends.append(np.hstack((above, self.costs.end[members, None])))
-        return ends
+    depths = range(min(MOST_DEPTHS, len(costs.runs.members)))
+    sets = [kept for size in range(min(num_levels, len(depths)) + 1) for kept in combinations(depths, size)]
+    masks = np.isin(np.arange(len(costs.runs.members)), [])[None].repeat(len(sets), axis=0)
+    for mask, kept in zip(masks, sets, strict=True):
+        mask[list(kept)] = True
+    by_run = masks[:, costs.depth]
+    if costs.all_alike():
+        return by_run
+    more = RunChoice(costs, num_levels).best_of_each()
+    by_run = np.concatenate((by_run, np.array(more, dtype=bool)))
+    return by_run[np.sort(np.unique(by_run, axis=0, return_index=True)[1])]

@@ -8,6 +8,7 @@
     │   ├── PageError                    a page number out of range, or free where it must be in use
     │   ├── LengthError                  a token count, list length or indptr that does not fit
     │   ├── TensorError                  dtype, shape, device or layout of a tensor
+    │   ├── ConstantsError               a file of a device's constants that cannot be used
     │   └── TraceError                   a line of a trace that cannot be read
     ├── SequenceIdError     KeyError, ValueError
     │   ├── UnknownSequenceError         no running sequence has this id
@@ -25,6 +26,7 @@ from typing import Any
 
 __all__ = [
     "BadValueError",
+    "ConstantsError",
     "DuplicateSequenceError",
     "InvariantError",
     "LengthError",
@@ -96,6 +98,10 @@ class LengthError(BadValueError):
 
 class TensorError(BadValueError):
     """A tensor of the wrong dtype, shape, device or layout."""
+
+
+class ConstantsError(BadValueError):
+    """A file of a device's constants is broken, or made by another version or for another device."""
 
 
 class TraceError(BadValueError):

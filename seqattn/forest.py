@@ -53,50 +53,45 @@ def build_forest(tables: Sequence[PageArray], limits: Sequence[int]) -> tuple[li
         tables: each sequence's page table, int32.
         limits: how many pages of each table may be shared, at most its length.
 
-    Cost: each shareable page is compared about once, a few numpy calls for each sequence and run above it.
+    Cost: each shareable page is compared about once, an operation on bytes for each sequence and run above it.
     """
     order: list[int] = []
     runs: list[Run] = []
     # Branches still to walk, the next one last: members that agree on their first `depth` pages and on the page after.
     todo: list[tuple[list[int], int, int | None]] = []
-    _push_branches(todo, tables, limits, (list(range(len(tables))), 0, None))
-    while todo:
+    members, depth, parent = list(range(len(tables))), 0, None
+    while True:
+        # Page numbers are not negative, so ~i is the next page of a sequence that may share no more.
+        pages = [tables[i].item(depth) if limits[i] > depth else ~i for i in members]
+        different = len(set(pages))
+        if different == len(members):
+            order += members
+        elif different == 1:
+            todo.append((members, depth, parent))
+        else:
+            branches: dict[int, list[int]] = {}
+            for i, page in zip(members, pages, strict=True):
+                branches.setdefault(page, []).append(i)
+            todo.extend((branch, depth, parent) for branch in reversed(branches.values()))
+        while todo and len(todo[-1][0]) == 1:
+            order += todo.pop()[0]
+        if not todo:
+            return order, runs
         members, depth, parent = todo.pop()
-        if len(members) == 1:
-            order.append(members[0])
-            continue
         end = _common_end(tables, limits, members, depth)
         runs.append(Run(len(order), len(order) + len(members), depth, end, parent))
-        _push_branches(todo, tables, limits, (members, end, len(runs) - 1))
-    return order, runs
-
-
-def _push_branches(
-    todo: list[tuple[list[int], int, int | None]],
-    tables: Sequence[PageArray],
-    limits: Sequence[int],
-    branch: tuple[list[int], int, int | None],
-) -> None:
-    """Splits members by their next page; one that may share no more is a branch of its own."""
-    members, depth, parent = branch
-    branches: dict[int, list[int]] = {}
-    for i in members:
-        # Page numbers are not negative, so ~i is the key of sequence i alone.
-        page = tables[i].item(depth) if limits[i] > depth else ~i
-        branches.setdefault(page, []).append(i)
-    todo.extend((branch, depth, parent) for branch in reversed(branches.values()))
+        depth, parent = end, len(runs) - 1
 
 
 def _common_end(tables: Sequence[PageArray], limits: Sequence[int], members: list[int], depth: int) -> int:
     """How far the members' tables agree, given that they agree on the first `depth` pages."""
-    end = min(limits[i] for i in members)
+    end = min([limits[i] for i in members])
     lead = tables[members[0]]
     expected = lead[depth:end].tobytes()
     for i in members[1:]:
-        pages = tables[i][depth:end]
         # Most members agree all the way: comparing bytes costs half of what finding a difference does.
-        if pages.tobytes() != expected:
-            end = depth + int((pages != lead[depth:end]).argmax())
+        if tables[i][depth:end].tobytes() != expected:
+            end = depth + int((tables[i][depth:end] != lead[depth:end]).argmax())
             expected = lead[depth:end].tobytes()
     return end
 

@@ -5,75 +5,142 @@ A run that is dropped goes down to the kept runs below it, and is listed once fo
     run 0 [0, 4)  pages 0 1                dropped
       run 1 [0, 2)  page 2                 kept: group 0, pages 0 1 2
       run 2 [2, 4)  page 3                 kept: group 1, pages 0 1 3      6 pages, 4 of them different
+
+Many choices of runs are looked at together: arrays are [choices, runs], and a step down or up the forest is one for all
+runs of a depth.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from seqattn.device import Groups
-from seqattn.forest import Run, without
+from seqattn.load import Cut, Groups
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    Int64Array = npt.NDArray[np.int64]
+    from seqattn.forest import Run
 
-__all__ = ["groups_of"]
+    Int64Array = npt.NDArray[np.int64]
+    BoolArray = npt.NDArray[np.bool_]
+
+__all__ = ["RunArrays", "cut_of", "groups_of"]
+
+
+class RunArrays:
+    """A forest's runs as arrays with an entry for each.
+
+    Args:
+        runs: each behind the one above it.
+        rows_before: query rows before each position of the order, int64 [batch + 1].
+    """
+
+    def __init__(self, runs: Sequence[Run], rows_before: Int64Array) -> None:
+        listed = [(run.first, run.stop, run.begin, run.end, -1 if run.parent is None else run.parent) for run in runs]
+        #: first, stop, begin, end and parent (-1 for none) of each, int64 [runs, 5]
+        self.listed: Int64Array = np.array(listed, dtype=np.int64).reshape(-1, 5)
+        self.first, self.stop, begin, self.end, self.parent = self.listed.T
+        self.num_pages = self.end - begin
+        self.size = self.stop - self.first
+        self.rows = rows_before[self.stop] - rows_before[self.first]
+        depths: list[int] = []
+        for *_, parent in listed:
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        self.depth = np.array(depths, dtype=np.int64)
+        #: runs of each depth
+        self.members = [np.flatnonzero(self.depth == depth) for depth in range(1 + max(depths, default=-1))]
+
+
+def cut_of(
+    runs: RunArrays, kept: BoolArray, num_tokens: Int64Array, rows: Int64Array, *, page_size: int
+) -> tuple[Cut, list[int]]:
+    """The groups of every level of every choice, and how many levels above the last each choice has.
+
+    Args:
+        runs: the forest.
+        kept: for each choice and run whether it is a group of a level, [choices, runs].
+        num_tokens: tokens of the sequence at each position of the order, int64 [batch].
+        rows: its query rows.
+        page_size: tokens in a page.
+
+    Cost: O(choices * (batch + runs)) and a dozen numpy calls for each depth of the forest.
+    """
+    num_choices, batch = len(kept), len(num_tokens)
+    level, above = _levels(runs, kept)
+    inside = _inside(runs, kept)
+    num_shared = np.where(kept, level + 1, 0).max(axis=1, initial=0)
+    begins = np.cumsum(num_shared) - num_shared
+    choice, run = kept.nonzero()
+    at = begins[choice] + level[choice, run]
+    by_level = np.argsort(at, kind="stable")
+    at, choice, run = at[by_level], choice[by_level], run[by_level]
+    pages = runs.end[run] - above[choice, run]
+    own = num_tokens - page_size * _shared_pages(runs, (choice, run, pages), (num_choices, batch))
+    num_levels = int(num_shared.sum())
+    # The pages of a dropped run are listed by the kept runs below it, and by each sequence that is in none of those.
+    places = np.where(level < num_shared[:, None], begins[:, None] + level, num_levels)
+    once = np.where(kept | (inside > 0), runs.num_pages, 0)
+    shared = np.bincount(places.ravel(), weights=once.ravel(), minlength=num_levels + 1)[:-1]
+    again = np.where(kept, 0, np.maximum(runs.size - inside - 1, 0) * runs.num_pages)
+    last = own.sum(axis=1) - page_size * again.sum(axis=1)
+    counts = np.concatenate((np.bincount(at, minlength=num_levels), np.full(num_choices, batch)))
+    cut = Cut(
+        np.concatenate((runs.rows[run], np.tile(rows, num_choices))),
+        np.concatenate((page_size * pages, own.ravel())),
+        np.cumsum(counts) - counts,
+        np.concatenate((page_size * shared, last)).astype(np.int64),
+        num_levels,
+    )
+    return cut, num_shared.tolist()
 
 
 def groups_of(
     runs: Sequence[Run], kept: Sequence[bool], rows_before: Int64Array, num_tokens: Int64Array, *, page_size: int
 ) -> list[Groups]:
-    """The groups of each level if these runs are kept, coarsest first, the last level's included.
-
-    Args:
-        runs: the forest, each run behind the one above it.
-        kept: for each run whether it is a group of a level.
-        rows_before: query rows before each position of the order, int64 [batch + 1].
-        num_tokens: tokens of the sequence at each position of the order, int64 [batch].
-        page_size: tokens in a page.
-
-    Cost: O(runs * depth), a few numpy calls for each run and level.
-    """
-    left, nearest = without(runs, kept)
-    end = np.zeros(len(num_tokens), dtype=np.int64)
-    level_of: list[int] = []
-    for run in left:
-        level_of.append(0 if run.parent is None else level_of[run.parent] + 1)
-        end[run.first : run.stop] = run.end
-    num_levels = 1 + max(level_of, default=-1)
-    #: for each level the pages that it lists once more
-    again = [0] * (num_levels + 1)
-    for level, count in _listed_again(runs, kept, [level_of[n] if n is not None else -1 for n in nearest]):
-        again[level] += count
-    for run, keep in zip(runs, kept, strict=True):
-        if not keep:
-            alone = int(np.count_nonzero(end[run.first : run.stop] <= run.begin))
-            again[-1] += max(alone - 1, 0) * (run.end - run.begin)
-    groups = []
-    for level in range(num_levels):
-        members = [run for run, its in zip(left, level_of, strict=True) if its == level]
-        bounds = np.array([(run.first, run.stop, run.begin, run.end) for run in members], dtype=np.int64).T
-        tokens = (bounds[3] - bounds[2]) * page_size
-        different = int(tokens.sum()) - again[level] * page_size
-        groups.append(Groups(rows_before[bounds[1]] - rows_before[bounds[0]], tokens, different))
-    own = num_tokens - end * page_size
-    return [*groups, Groups(np.diff(rows_before), own, int(own.sum()) - again[-1] * page_size)]
+    """The groups of each level if these runs are kept, coarsest first, the last level's included."""
+    arrays, mask = RunArrays(runs, rows_before), np.array([kept], dtype=bool).reshape(1, len(runs))
+    cut, _ = cut_of(arrays, mask, num_tokens, np.diff(rows_before), page_size=page_size)
+    bounds = [*cut.first.tolist(), len(cut.rows)]
+    return [
+        Groups(cut.rows[bounds[i] : bounds[i + 1]], cut.tokens[bounds[i] : bounds[i + 1]], different)
+        for i, different in enumerate(cut.different.tolist())
+    ]
 
 
-def _listed_again(runs: Sequence[Run], kept: Sequence[bool], levels: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """For each level and dropped run above its groups, the level and the pages that it lists once more."""
-    lists: Counter[tuple[int, int]] = Counter()
-    for i, run in enumerate(runs):
-        above = run.parent if kept[i] else None
-        while above is not None and not kept[above]:
-            lists[levels[i], above] += 1
-            above = runs[above].parent
-    for (level, i), count in lists.items():
-        yield level, (count - 1) * (runs[i].end - runs[i].begin)
+def _levels(runs: RunArrays, kept: BoolArray) -> tuple[Int64Array, Int64Array]:
+    """For each choice and run how many kept runs are above it, and where the pages of the nearest of them end."""
+    level, above = (np.zeros(kept.shape, dtype=np.int64) for _ in range(2))
+    for members in runs.members[1:]:
+        parents = runs.parent[members]
+        its = kept[:, parents]
+        level[:, members] = level[:, parents] + its
+        above[:, members] = np.where(its, runs.end[parents], above[:, parents])
+    return level, above
+
+
+def _inside(runs: RunArrays, kept: BoolArray) -> Int64Array:
+    """For each choice and run how many of its sequences are in a kept run: it, or one below it."""
+    inside = np.where(kept, runs.size, 0)
+    for members in reversed(runs.members[1:]):
+        parents = runs.parent[members]
+        # Members stand in the order of their parents.
+        begins = np.flatnonzero(np.diff(parents, prepend=-1))
+        sums = np.add.reduceat(inside[:, members], begins, axis=1)
+        above = parents[begins]
+        inside[:, above] = np.where(kept[:, above], runs.size[above], sums)
+    return inside
+
+
+def _shared_pages(runs: RunArrays, groups: tuple[Int64Array, ...], shape: tuple[int, int]) -> Int64Array:
+    """Pages of each choice and sequence in kept runs: what each run adds, from its first sequence to its last."""
+    choice, run, pages = groups
+    num_choices, batch = shape
+    places = choice * (batch + 1)
+    where = np.concatenate((places + runs.first[run], places + runs.stop[run]))
+    steps = np.bincount(where, weights=np.concatenate((pages, -pages)), minlength=num_choices * (batch + 1))
+    shared: Int64Array = steps.reshape(num_choices, batch + 1).cumsum(axis=1)[:, :-1].astype(np.int64)
+    return shared

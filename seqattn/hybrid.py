@@ -20,6 +20,7 @@ Invariants (`check_hybrid`):
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -146,8 +147,14 @@ def _model(cost_model: CostModel | Literal["auto"] | None) -> CostModel | None:
     if cost_model is None or isinstance(cost_model, CostModel):
         return cost_model
     if cost_model == "auto":
-        return CostModel.for_heads(32, 8, 128, 2)
+        return _auto()
     raise BadValueError(f"cost_model must be None, 'auto' or a CostModel, not {cost_model!r}")
+
+
+@lru_cache(maxsize=1)
+def _auto() -> CostModel:
+    """One model for all calls, which remembers what it has chosen."""
+    return CostModel.for_heads(32, 8, 128, 2)
 
 
 def _shared_levels(

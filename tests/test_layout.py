@@ -32,8 +32,12 @@ ORDER = [
     "seqattn/cache.py",
     "seqattn/heads.py",
     "seqattn/forest.py",
+    "seqattn/load.py",
     "seqattn/device.py",
+    "seqattn/constants.py",
+    "seqattn/fit.py",
     "seqattn/groups.py",
+    "seqattn/run_costs.py",
     "seqattn/cost.py",
     "seqattn/hybrid.py",
     "seqattn/sequence.py",
@@ -46,6 +50,8 @@ ORDER = [
     "seqattn/attention/prepared.py",
     "seqattn/attention/flashinfer_backend.py",
     "seqattn/attention/front.py",
+    "seqattn/calibrate.py",
+    "seqattn/cuda_steps.py",
     # radix
     "radix/tokens.py",
     "radix/children.py",
@@ -83,8 +89,8 @@ CORE = {"attrs", "numpy", "sortedcontainers", "torch"}
 EXTRAS = {
     "flashinfer": ["seqattn/append.py", "seqattn/attention/wrappers.py"],
     "triton": ["seqattn/kernels.py"],  # comes with torch on Linux
-    "rich": ["radix/__main__.py"],
-    "rich_click": ["radix/__main__.py"],
+    "rich": ["radix/__main__.py", "seqattn/__main__.py"],
+    "rich_click": ["radix/__main__.py", "seqattn/__main__.py"],
     "tiktoken": ["radix/replay/tokenizer.py"],
 }
 #: Triton compiles functions of a module that imports it: these import it as they load, and are loaded late themselves.

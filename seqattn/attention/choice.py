@@ -31,18 +31,20 @@ _LONG_ROWS = 80
 
 
 def choose(
-    plan: BatchPlan, slices_of: Callable[[Sequence[Groups]], list[int]], page_size: int, *, has_fa3: bool
+    plan: BatchPlan, slices_of: Callable[[Sequence[Groups], Groups], list[int]], page_size: int, *, has_fa3: bool
 ) -> list[Choice]:
-    """A choice for each level of a batch; `slices_of` gives the slices of shared levels, 0 for fa2."""
+    """A choice for each level of a batch; `slices_of` gives the slices of shared levels above a last, 0 for fa2."""
     groups = [_groups(level, page_size) for level in plan.levels[:-1]]
     used = [level for level in groups if len(level.rows)]
-    slices = iter(slices_of(used))
+    rows, kv_lens = np.diff(plan.levels[-1].qo_indptr), plan.levels[-1].kv_lens
+    read = (rows > 0) & (kv_lens > 0)
+    last = Groups(rows[read], kv_lens[read], int(kv_lens[read].sum()))
+    slices = iter(slices_of(used, last) if used and len(last.rows) else [0] * len(used))
     by_level = [next(slices) if len(level.rows) else 0 for level in groups]
     shared = [Choice("fa3", n) if n else Choice("fa2") for n in by_level]
-    lens = np.diff(plan.levels[-1].qo_indptr)
-    if len(lens) and lens.min() == lens.max() == 1:
+    if len(rows) and rows.min() == rows.max() == 1:
         return [*shared, Choice("decode")]
-    is_long = has_fa3 and int(lens.sum()) >= _LONG_ROWS * len(lens)
+    is_long = has_fa3 and int(rows.sum()) >= _LONG_ROWS * len(rows)
     return [*shared, Choice("fa3" if is_long else "fa2")]
 
 

@@ -2,8 +2,12 @@
 
 A step is planned once and run in every layer. What a step does in one layer:
 
-    gather queries ─┬─ top shared level (fa3 in slices, or fa2)  ── main stream ──┬─ merge
-                    └─ lower shared levels, then the last level  ── side stream ──┘
+    gather queries ─┬─ top shared level (fa3 in slices, or fa2)  ── high priority ─┬─ merge
+                    ├─ lower shared levels                       ── less ──────────┤
+                    └─ the last level                            ── main stream ───┘
+
+A tile of fa3 takes a whole multiprocessor, which never becomes free while the many small tiles of the last level keep
+coming: the shared levels go first, and the last level has what they leave idle.
 
 A plain batch in the caller's order is one kernel, without gathering and merging.
 
@@ -29,7 +33,8 @@ from seqattn.attention.calls import KernelCall, Work, work_of
 from seqattn.attention.choice import choose
 from seqattn.attention.prepared import Prepared
 from seqattn.attention.wrappers import WrapperSet
-from seqattn.device import Device, Heads
+from seqattn.constants import Chip, constants_for
+from seqattn.device import Heads
 from seqattn.errors import MissingExtraError, SeqAttnError, TensorError
 
 if TYPE_CHECKING:
@@ -61,7 +66,7 @@ class FlashInferBackend:
     """Computes a planned batch over a manager's pages; the arguments are those of `TorchBackend`.
 
     Attributes:
-        overlap: compute the top shared level and the others at the same time, on two streams.
+        overlap: compute levels at the same time, on three streams.
 
     Raises:
         MissingExtraError: flashinfer is not installed.
@@ -89,14 +94,15 @@ class FlashInferBackend:
         properties = torch.cuda.get_device_properties(self.device)
         self.num_processors = properties.multi_processor_count
         self.heads = Heads(num_qo_heads, manager.num_heads, manager.head_dim, manager.dtype.itemsize)
-        self.costs = Device(self.num_processors, has_fa3=properties.major == 9)
+        self.costs = constants_for(Chip.of(properties))
         workspaces: dict[int, torch.Tensor] = {}
         self._sets = tuple(WrapperSet(manager, num_qo_heads, self.num_processors, workspaces) for _ in range(2))
         self._turn = 0
         self._captured: list[Prepared] = []
         self._last_slices: tuple[bytes, list[int]] = (b"none", [])
-        self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._events = tuple(torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
+        self._sides = [torch.cuda.Stream(self.device, priority=priority) for priority in (-2, -1)]  # type: ignore[no-untyped-call]
+        self._pause = torch.zeros(1, device=self.device)
+        self._events = tuple(torch.cuda.Event() for _ in range(4))  # type: ignore[no-untyped-call]
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
@@ -120,11 +126,12 @@ class FlashInferBackend:
     def _choices(self, plan: BatchPlan) -> list[Choice]:
         return choose(plan, self._slices_of, self.manager.page_size, has_fa3=self.costs.has_fa3)
 
-    def _slices_of(self, shared: Sequence[Groups]) -> list[int]:
+    def _slices_of(self, shared: Sequence[Groups], last: Groups) -> list[int]:
         """The slices of shared levels; those of a decoding batch stay the same for many steps."""
-        key = b"".join(array.tobytes() for level in shared for array in (level.rows, level.tokens))
+        about = repr((len(last.rows), int(last.rows.sum()), int(last.tokens.sum()) // (32 * len(last.rows)))).encode()
+        key = about + b"".join(array.tobytes() for level in shared for array in (level.rows, level.tokens))
         if key != self._last_slices[0]:
-            self._last_slices = key, self.costs.best(shared, self.heads)[1]
+            self._last_slices = key, self.costs.best(shared, self.heads, last)[1]
         return self._last_slices[1]
 
     def _plan_calls(self, wrappers: WrapperSet, work: Work) -> Prepared:
@@ -216,32 +223,35 @@ class FlashInferBackend:
 
         if len(prepared.gathered):
             gather_queries(q, prepared.query_codes, prepared.gathered, self.heads_each)
-        two_streams = self.overlap and len(prepared.work.calls) > 1
-        if two_streams:
-            self._run_on_two_streams(q, caches, prepared)
+        if self.overlap and len(prepared.work.calls) > 1:
+            self._run_on_streams(q, caches, prepared)
         else:
             for i in range(len(prepared.work.calls)):
                 _run_call(q, caches, prepared, i)
         codes = (prepared.part_indptr, prepared.part_codes)
         merge_parts(prepared.part_out, prepared.part_lse, *codes, *results, heads_each=self.heads_each)
 
-    def _run_on_two_streams(
-        self, q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], prepared: Prepared
-    ) -> None:
-        """The first call on the caller's stream, the others on the side stream; the caller's waits for them."""
+    def _run_on_streams(self, q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], prepared: Prepared) -> None:
+        """The last call on the caller's stream, those before it on streams that go first."""
         main = torch.cuda.current_stream(self.device)
-        begun, done = self._events
-        begun.record(main)
-        _run_call(q, caches, prepared, 0)
-        self._side.wait_event(begun)
-        torch.cuda.set_stream(self._side)
+        calls, begun, done = prepared.work.calls, self._events[:2], self._events[2:]
+        sides = list(zip(self._sides, ([0], range(1, len(calls) - 1)), begun, done, strict=True))[: len(calls) - 1]
+        begun[0].record(main)
+        if calls[0].kernel == "fa3":
+            self._pause.zero_()  # meanwhile the blocks of the first call get their multiprocessors
+        begun[1].record(main)
         try:
-            for i in range(1, len(prepared.work.calls)):
-                _run_call(q, caches, prepared, i)
+            for side, its, start, _ in sides:
+                side.wait_event(start)
+                torch.cuda.set_stream(side)
+                for i in its:
+                    _run_call(q, caches, prepared, i)
         finally:
             torch.cuda.set_stream(main)
-        done.record(self._side)
-        main.wait_event(done)
+        _run_call(q, caches, prepared, len(calls) - 1)
+        for side, _, _, end in sides:
+            end.record(side)
+            main.wait_event(end)
 
 
 def _run_call(q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], prepared: Prepared, i: int) -> None:
@@ -250,5 +260,5 @@ def _run_call(q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], prepar
 
 
 def _lane(i: int, work: Work) -> int:
-    """The stream of a call: the first of several runs on the main one, the others on the side."""
-    return int(i > 0 and len(work.calls) > 1)
+    """The stream of a call: 0 for the last on the caller's, 1 for the first of several, 2 for those between."""
+    return 0 if i == len(work.calls) - 1 else min(i, 1) + 1

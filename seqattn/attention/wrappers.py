@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from attrs import define, field
 
+from seqattn.load import is_short
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -93,14 +95,15 @@ class WrapperSet:
 
     def sized(self, call: KernelCall, lane: int, nth: int) -> Any:  # noqa: ANN401  flashinfer's, untyped
         """The nth wrapper of the call's kind on a stream, with workspaces that are large enough for the call."""
-        found = self._by_kind.setdefault((call.kernel, lane), [])
+        kind = "short" if self._is_short(call) else call.kernel
+        found = self._by_kind.setdefault((kind, lane), [])
         float_size, int_size = self._workspace_sizes(call)
         workspace = self.workspaces.get(lane)
         if workspace is None or len(workspace) < float_size:
             workspace = torch.zeros(float_size, dtype=torch.uint8, device=self.manager.device)
             self.workspaces[lane] = workspace
         while len(found) <= nth:
-            found.append(_Wrapper(self._make(call.kernel, workspace), len(workspace), _INT_WORKSPACE))
+            found.append(_Wrapper(self._make(kind, workspace), len(workspace), _INT_WORKSPACE))
         wrapper = found[nth]
         if wrapper.float_size < float_size or wrapper.int_size < int_size:
             wrapper.float_size, wrapper.int_size = len(workspace), max(int_size, wrapper.int_size)
@@ -108,10 +111,17 @@ class WrapperSet:
             wrapper.made.reset_workspace_buffer(workspace, ints)
         return wrapper.made
 
+    def _is_short(self, call: KernelCall) -> bool:
+        tokens = len(call.kv_page_indices) * self.manager.page_size
+        heads_each = self.num_qo_heads // self.manager.num_heads
+        return call.kernel == "decode" and is_short(heads_each, len(call.qo_indptr) - 1, tokens)
+
     def _make(self, kernel: str, workspace: torch.Tensor) -> Any:  # noqa: ANN401  as above
         import flashinfer
 
         layout = self.manager.kv_layout
+        if kernel == "short":
+            return flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, layout)
         if kernel == "decode":
             if self.num_qo_heads // self.manager.num_heads in _SMALL_GROUPS:
                 return flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, layout)

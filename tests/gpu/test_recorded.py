@@ -11,53 +11,97 @@ import pytest
 
 from benchmarks.gpu_shapes import PAGE_SIZE, Shape, tables_of
 from seqattn.cost import CostModel, runs_that_pay
-from seqattn.forest import build_forest
+from seqattn.device import Device, Groups
+from seqattn.fit import Measured, predict
+from seqattn.forest import Run, build_forest
 from seqattn.groups import groups_of
 from tests.sources import ROOT
 
-ROWS: list[dict[str, Any]] = [
-    json.loads(line)
-    for line in (ROOT / "benchmarks/results/gpu_attention_h200.jsonl").read_text(encoding="utf-8").splitlines()[1:]
-]
-MODEL = CostModel.for_heads(32, 8, 128, 2)
+DEVICE = Device()
+MODEL = CostModel.for_heads(32, 8, 128, 2, device=DEVICE)
 
 
-def chosen(row: dict[str, Any]) -> tuple[str, float]:
-    """The planner's choice as the rows name it, slices as near as any that was measured; and its predicted time."""
-    tables = tables_of(Shape(*row["shape"]), 0)
-    lens = np.array([len(table) * PAGE_SIZE for table in tables])
-    _, runs = build_forest(tables, ((lens - 1) // PAGE_SIZE).tolist())
+def recorded(name: str) -> list[dict[str, Any]]:
+    text = (ROOT / f"benchmarks/results/{name}.jsonl").read_text(encoding="utf-8")
+    about, *rows = map(json.loads, text.splitlines())
+    return [row | {"seed": about["seed"]} for row in rows]
+
+
+#: shapes of the design and some drawn from a seed; and some drawn from another
+ROWS = [*recorded("gpu_attention_h200"), *recorded("gpu_attention_h200_seed11")]
+#: the planner may lose 5 % at most, but here: where it loses more the difference is of a few microseconds, or it is
+#: named with what it loses
+LOSSES = {"(64, 144, 64)": 0.11, "(256, 960, 256)": 0.06, "(32, 10048, 64)": 0.10}
+
+
+class Recorded:
+    """A recorded shape, and what is predicted for each way that was measured."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        self.row = row
+        tables = tables_of(Shape(*row["shape"]), row["seed"])
+        self.lens = np.array([len(table) * PAGE_SIZE for table in tables])
+        _, self.runs = build_forest(tables, ((self.lens - 1) // PAGE_SIZE).tolist())
+        self.depths = depths_of(self.runs)
+        self.before = np.arange(len(tables) + 1)
+        steps = [self.step(name) for name in row["choices"]]
+        self.predicted = dict(zip(row["choices"], predict(steps, MODEL.heads, DEVICE).tolist(), strict=True))
+
+    def step(self, name: str) -> Measured:
+        parts = [] if name == "plain" else [part.split(":") for part in name.split("+")]
+        slices = [int(way[4:]) if way.startswith("fa3") else 0 for _, way in parts]
+        return Measured(0, self.levels({int(depth) for depth, _ in parts}), slices, 1.0)
+
+    def levels(self, kept: set[int]) -> list[Groups]:
+        mask = [depth in kept for depth in self.depths]
+        return groups_of(self.runs, mask, self.before, self.lens, page_size=PAGE_SIZE)
+
+    @property
+    def chosen(self) -> str:
+        """The best of what was measured, by the planner's figures and with its margin."""
+        best = min(self.predicted, key=self.predicted.__getitem__)
+        least = (1 - DEVICE.margin) * self.predicted["plain"] - DEVICE.margin_us
+        return best if self.predicted[best] < least else "plain"
+
+    @property
+    def loss(self) -> float:
+        """How much longer that takes than the fastest way."""
+        choices = self.row["choices"]
+        return float(choices[self.chosen] / min(choices.values()) - 1)
+
+
+def depths_of(runs: list[Run]) -> list[int]:
     depths: list[int] = []
     for run in runs:
         depths.append(0 if run.parent is None else depths[run.parent] + 1)
-    before = np.arange(len(tables) + 1)
-    kept = runs_that_pay(runs, before, lens, PAGE_SIZE, MODEL)
-    groups = groups_of(runs, kept, before, lens, page_size=PAGE_SIZE)
-    assert MODEL.device is not None
-    slices = MODEL.device.best(groups[:-1], MODEL.heads)[1]
-    levels = sorted({depth for depth, keep in zip(depths, kept, strict=True) if keep})
-    ways = [f"fa3x{min(n, 8)}" if n else "fa2x1" for n in slices]
-    name = "+".join(f"{depth}:{way}" for depth, way in zip(levels, ways, strict=True)) or "plain"
-    return name, MODEL.device.step_us(groups, MODEL.heads)
+    return depths
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
-def test_what_the_planner_chooses_was_near_the_best_that_was_measured(row: dict[str, Any]) -> None:
-    name, predicted_us = chosen(row)
-    found, best, plain = row["choices"][name], min(row["choices"].values()), row["choices"]["plain"]
-    # Slices above 8 were not measured by force; the recorded step took as many as it liked.
-    found = min(found, row["ours_us"]) if "x8" in name else found
-    assert found <= 1.02 * plain
-    assert found <= 1.15 * best or found - best < 6, f"{name} took {found} µs, the best {best} µs"
-    assert predicted_us == pytest.approx(found, rel=0.2)
+SHAPES = [Recorded(row) for row in ROWS]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.row["name"])
+def test_what_the_planner_chooses_was_near_the_best_that_was_measured(shape: Recorded) -> None:
+    choices = shape.row["choices"]
+    assert choices[shape.chosen] <= 1.02 * choices["plain"], "levels never lose to plain attention"
+    assert shape.loss <= LOSSES.get(shape.row["name"], 0.05), f"{shape.chosen} of {choices}"
+    assert shape.predicted[shape.chosen] == pytest.approx(choices[shape.chosen], rel=0.2)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.row["name"])
+def test_the_planner_weighs_every_set_of_levels(shape: Recorded) -> None:
+    """Its own way takes no longer, by its own figures, than any that was measured."""
+    kept = runs_that_pay(shape.runs, shape.before, shape.lens, PAGE_SIZE, MODEL)
+    groups = groups_of(shape.runs, kept, shape.before, shape.lens, page_size=PAGE_SIZE)
+    best = DEVICE.step_us(groups, MODEL.heads)
+    allowed = min(shape.predicted.values()) if any(kept) else shape.predicted["plain"]
+    assert best <= allowed * (1 + 1e-6)
 
 
 def test_the_planner_is_right_in_most_cases() -> None:
-    regrets = []
-    for row in ROWS:
-        found = row["choices"][chosen(row)[0]]
-        regrets.append(found / min(row["choices"].values()) - 1)
-    assert statistics.median(regrets) <= 0.02
+    losses = [shape.loss for shape in SHAPES]
+    assert statistics.median(losses) <= 0.01
+    assert statistics.mean(losses) <= 0.015
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])

@@ -128,11 +128,11 @@ def test_the_last_level_is_computed_by_its_rows(rows: int, kernel: str) -> None:
     manager = PagedKVCacheManager(64, 16, 8, HEAD_DIM, torch.float32, "cpu")
     plan, device = plan_of(batch, manager), Device()
 
-    def slices_of(shared: Sequence[Groups]) -> list[int]:
-        return device.best(shared, Heads())[1]
+    def slices_of(shared: Sequence[Groups], last: Groups) -> list[int]:
+        return device.best(shared, Heads(), last)[1]
 
     assert choose(plan, slices_of, 16, has_fa3=True)[-1].kernel == kernel
-    without_fa3 = choose(plan, lambda shared: [0] * len(shared), 16, has_fa3=False)
+    without_fa3 = choose(plan, lambda shared, _: [0] * len(shared), 16, has_fa3=False)
     assert "fa3" not in {choice.kernel for choice in without_fa3}
 
 

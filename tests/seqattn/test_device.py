@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from attrs import evolve
@@ -11,14 +13,16 @@ from hypothesis import strategies as st
 from seqattn.cost import CostModel, runs_that_pay
 from seqattn.device import Device, Groups, Heads, KernelCost
 from seqattn.errors import BadValueError
+from seqattn.fit import Measured, predict
 from seqattn.forest import build_forest
 from seqattn.groups import groups_of
 from seqattn.hybrid import pack_runs
+from seqattn.load import SLICES, Cut, is_short, loads_of
 from tests.seqattn.truth import Batch, batches
 
 HEADS = Heads()
-#: a device whose reading and starts cost next to nothing
-PURE = KernelCost(0.0, 1000.0, 1e20, 1e20, 0.0)
+#: a kernel whose reading and starts cost next to nothing
+PURE = KernelCost(0.0, 1000.0, 1e20, 1e20, 0.0, 0.0, 8.0)
 
 
 def groups(*sizes: tuple[int, int]) -> Groups:
@@ -26,36 +30,111 @@ def groups(*sizes: tuple[int, int]) -> Groups:
     return Groups(rows, tokens, int(tokens.sum()))
 
 
-def test_slices_fill_the_multiprocessors() -> None:
+def load(levels: list[Groups], slices: int = 1) -> dict[str, list[float]]:
+    """Blocks, mean tokens and the longest of each call: fa2 (or decode), or fa3 in these slices."""
+    found, _ = loads_of(Cut.of(levels), HEADS, 132, np.array([slices]))
+    blocks, tokens, longest, parts = found.values[:4]
+    way = int(slices > 0)
+    names = ("blocks", "mean", "longest", "parts")
+    return {n: v[:, way].tolist() for n, v in zip(names, (blocks, tokens / blocks, longest, parts), strict=True)}
+
+
+OWN = groups(*[(1, 16)] * 64)
+
+
+def test_slices_make_blocks() -> None:
     """64 rows of 4 heads are 2 tiles for each of 8 KV heads: 16 blocks, of which 8 slices fill 132 multiprocessors."""
-    device = Device(fa3=PURE, fa2_128=evolve(PURE, token_ns=1e6), slice_us=0.0)
-    costs = {cost.slices: cost for cost in device.fa3_costs(groups((64, 32768)), HEADS)}
-    assert [round(costs[n].us) for n in (1, 2, 4, 8)] == [32768, 16384, 8192, 4096]
-    assert costs[8].fill == pytest.approx(128 / 132)
-    assert costs[16].us == pytest.approx(2 * 2048), "256 blocks take two waves"
-    assert device.best([groups((64, 32768))], HEADS)[1] == [8]
+    for slices in (1, 2, 8):
+        found = load([groups((64, 32768)), OWN], slices)
+        assert (found["blocks"][0], found["longest"][0]) == (16 * slices, 32768 / slices)
+
+
+def test_slices_that_fill_the_multiprocessors_are_best() -> None:
+    kernels = {"fa3": PURE, "fa2_128": evolve(PURE, token_ns=1e6), "decode": PURE, "short": PURE}
+    device = Device(**kernels, plain_us=0.0, start_us=0.0, level_us=0.0, gather_us=0.0, result_ns=0.0, gathered_ns=0.0)  # type: ignore[arg-type]
+    us, slices = device.best([groups((64, 32768))], HEADS, OWN)
+    assert slices == [8]
+    assert us == pytest.approx(4096, rel=0.05)
 
 
 def test_a_short_list_is_not_sliced() -> None:
-    assert [cost.slices for cost in Device().fa3_costs(groups((64, 100)), HEADS)] == [1]
+    _, makes_sense = loads_of(Cut.of([groups((64, 100)), OWN]), HEADS, 132, SLICES)
+    assert makes_sense[0].tolist() == [True, True] + [False] * (len(SLICES) - 1)
+    assert makes_sense[1].tolist() == [True] + [False] * len(SLICES), "nor is a last level"
+
+
+def test_lists_are_cut_until_blocks_fill_the_device() -> None:
+    """Two blocks a multiprocessor make room for 33 tiles of each of 8 KV heads; no chunk is below 128 tokens."""
+    level = load([groups((1, 8192), (1, 8192), (1, 8192), (1, 8192))], 0)
+    assert level["longest"] == [1024]
+    assert level["blocks"] == [4 * 8 * 8]
+    assert level["parts"] == [4 * 8]
+    assert load([groups((1, 150))], 0)["blocks"] == [2 * 8]
+    assert load([groups(*[(1, 8192)] * 40)], 0)["parts"] == [0], "more tiles than there is room for are not cut"
 
 
 def test_the_smallest_tile_that_the_mean_fits_is_taken() -> None:
     """4 heads each: 4 rows are 16 packed rows, 5 rows 20, 17 rows 68."""
-    kernels = {"decode": evolve(PURE, wave_us=1.0), "fa2_64": evolve(PURE, wave_us=2.0), "fa2_128": PURE}
-    device = Device(**{name: evolve(cost, token_ns=0.0) for name, cost in kernels.items()})  # type: ignore[arg-type]
-    found = [device.fa2_cost(groups((rows, 128)), HEADS).us for rows in (4, 5, 16, 17)]
-    assert found == pytest.approx([1.0, 2.0, 2.0, 0.0], abs=1e-6)
+    found = [loads_of(Cut.of([groups((rows, 256))]), HEADS, 132, SLICES)[0].kernel[0, 0] for rows in (4, 5, 16, 17)]
+    assert found == [0, 1, 1, 2]
+
+
+def test_short_lists_of_single_rows_have_a_kernel_of_their_own() -> None:
+    assert is_short(4, 16, 16 * 176)
+    assert not is_short(4, 16, 16 * 176 + 1)
+    assert not is_short(4, 15, 15 * 16), "too few for a device"
+    assert not is_short(8, 16, 16 * 16), "not measured"
+    kernels = [
+        loads_of(Cut.of([groups(*[size] * 16)]), HEADS, 132, SLICES)[0].kernel[0, 0]
+        for size in ((1, 176), (1, 192), (2, 16))
+    ]
+    assert kernels == [4, 0, 0]
 
 
 def test_tokens_that_are_read_again_cost_less() -> None:
     once, twice = groups((1, 4096), (1, 4096)), Groups(np.array([1, 1]), np.array([4096, 4096]), 4096)
-    assert Device().fa2_cost(twice, HEADS).us < Device().fa2_cost(once, HEADS).us
+    assert Device().step_us([twice], HEADS) < Device().step_us([once], HEADS)
 
 
 def test_without_fa3_every_shared_level_is_fa2() -> None:
     device = Device(has_fa3=False)
     assert device.best([groups((256, 8192)), groups((8, 512), (8, 512))], HEADS)[1] == [0, 0]
+    assert device.best([], HEADS) == (0.0, [])
+
+
+def test_many_choices_at_once_are_each_alone() -> None:
+    device, own = Device(), groups(*[(1, 512)] * 128)
+    two, four = groups(*[(64, 4096)] * 2), groups(*[(32, 512)] * 4)
+    levels = [[own], [two, own], [two, four, own], [two, four, four, own]]
+    shared = [level for choice in levels for level in choice[:-1]]
+    cut = evolve(Cut.of([*shared, *[choice[-1] for choice in levels]]), num_shared=len(shared))
+    together = device.ways(cut, [len(choice) - 1 for choice in levels], HEADS)
+    for choice, (us, slices) in zip(levels, together, strict=True):
+        assert us == pytest.approx(device.step_us(choice, HEADS))
+        assert len(slices) == len(choice) - 1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_way_to_compute_levels_is_predicted_to_be_faster(count: int) -> None:
+    device, own = Device(), groups(*[(1, 512)] * 128)
+    shared = [groups(*[(64, 9000)] * 2), groups(*[(32, 700), (32, 500)] * 2)][:count]
+    us, slices = device.best(shared, HEADS, own)
+    ways = itertools.product([0, 1, 2, 3, 4, 6, 8], repeat=count)  # more would make slices too short
+    every = [Measured(0, [*shared, own], way, 1.0) for way in ways]
+    predicted = predict(every, HEADS, device)
+    assert us <= predicted.min() * (1 + 1e-9)
+    assert us == pytest.approx(predict([Measured(0, [*shared, own], slices, 1.0)], HEADS, device)[0])
+
+
+def test_calls_that_fill_a_part_of_the_device_share_it() -> None:
+    """A first level in 64 of 132 multiprocessors takes less than its own time beside a last level."""
+    device, own = Device(), groups(*[(1, 512)] * 256)
+    top = [groups((256, 8192))]
+    (beside,) = predict([Measured(0, [*top, own], [1], 1.0)], HEADS, device)
+    (alone,) = predict([Measured(0, [own], [], 1.0)], HEADS, device)
+    tiny = groups(*[(1, 16)] * 256)
+    (first,) = predict([Measured(0, [*top, tiny], [1], 1.0)], HEADS, device)
+    assert max(alone, first) < beside < 0.85 * (alone + first)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), "1"])
@@ -87,10 +166,24 @@ def test_groups_are_those_of_the_packed_levels(batch: Batch, random: object) -> 
 
 def test_nothing_is_shared_unless_it_is_predicted_to_pay() -> None:
     """Eight sequences of 64 shared tokens, and 256 of 8192."""
-    model = CostModel.for_heads(32, 8, 128, 2)
     for batch, shared, pays in ((8, 64, False), (256, 8192, True)):
-        tables = [np.array([*range(shared // 16), 10_000 + i], dtype=np.int32) for i in range(batch)]
-        lens = np.full(batch, shared + 16)
-        order, runs = build_forest(tables, [shared // 16] * batch)
-        assert order == list(range(batch))
-        assert runs_that_pay(runs, np.arange(batch + 1), lens, 16, model) == [pays]
+        assert plan_of(CostModel.for_heads(32, 8, 128, 2, device=Device()), batch, shared, 16) == [pays]
+
+
+def plan_of(model: CostModel, batch: int, shared: int, own: int) -> list[bool]:
+    tables = [np.array([*range(shared // 16), 10_000 + i], dtype=np.int32) for i in range(batch)]
+    order, runs = build_forest(tables, [shared // 16] * batch)
+    assert order == list(range(batch))
+    return runs_that_pay(runs, np.arange(batch + 1), np.full(batch, shared + own), 16, model)
+
+
+def test_a_choice_holds_for_a_few_steps_of_decoding() -> None:
+    device = Device()
+    model = CostModel.for_heads(32, 8, 128, 2, device=device)
+    for own in (1, 9, 15):
+        assert plan_of(model, 256, 8192, own) == [True]
+    assert len(device.chosen) == 1, "the same batch a few tokens later is not thought about again"
+    plan_of(model, 256, 8192, 600)
+    assert len(device.chosen) == 2
+    plan_of(model, 255, 8192, 600)
+    assert len(device.chosen) == 3

@@ -1,0 +1,207 @@
+"""What a call of an attention kernel has to do, counted before it runs; numpy only.
+
+A call computes groups: rows of queries over a list of tokens. With `num_qo_heads / num_kv_heads` query heads on one KV
+head a group has that many packed rows for each row. A kernel cuts them into tiles and computes a tile of one KV head
+over a stretch of tokens as one block:
+
+    fa3              tiles of 128 packed rows, one block a multiprocessor; the caller cuts lists of tokens, into slices
+    fa2 and decode   tiles of 16, 64 or 128 by the mean of packed rows, two blocks a multiprocessor; cuts lists itself
+                     until blocks fill them
+    short            decode without tensor cores, for short lists: it begins a list in half the time
+
+All levels of all choices are counted at once: a `Cut` lists their groups one after the other, those of shared levels
+before those of last levels.
+
+    choice 0, level 0   groups 0 1        first 0
+    choice 1, level 0   groups 2 3 4      first 2
+    choice 0, last      groups 5 6 7 8    first 5
+    choice 1, last      groups 9 ... 12   first 9
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from attrs import define
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    Int64Array = npt.NDArray[np.int64]
+    FloatArray = npt.NDArray[np.float64]
+
+__all__ = ["FA3", "SLICES", "Cut", "Groups", "Heads", "Load", "is_short", "loads_of"]
+
+#: kernels by number: the three tiles of fa2, the first of which is decode, then these
+FA3, SHORT = 3, 4
+#: query heads of a KV head for which the kernel for short lists was measured, and the mean tokens that it is for
+_SHORT_HEADS, _SHORT_TOKENS, _LEAST_LISTS = 4, 176, 16
+_TILES = np.array([16, 64, 128])
+#: numbers of slices to choose from
+SLICES = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32])
+#: fa2 cuts no list of tokens shorter than this
+_LEAST_CHUNK = 128
+#: nor do slices
+_LEAST_SLICE = 64
+
+
+@define(slots=True, frozen=True)
+class Heads:
+    """A model's heads: query heads, KV heads, elements of a head, and bytes of an element."""
+
+    num_qo_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    element_size: int = 2
+
+    @property
+    def heads_each(self) -> int:
+        """Query heads that share a KV head."""
+        return max(1, self.num_qo_heads // self.num_kv_heads)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's keys and values in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.element_size
+
+
+@define(slots=True, frozen=True, eq=False)
+class Groups:
+    """The groups of one level.
+
+    Attributes:
+        rows: query rows of each, int64.
+        tokens: tokens that each reads, int64, above 0.
+        num_different: different tokens among them all.
+    """
+
+    rows: Int64Array
+    tokens: Int64Array
+    num_different: int
+
+
+@define(slots=True, frozen=True, eq=False)
+class Cut:
+    """The groups of many levels; drawn at the top of this file.
+
+    Attributes:
+        rows, tokens: of each group, int64.
+        first: where each level's groups begin, int64 [levels]; no level is empty.
+        different: different tokens of each level, int64 [levels].
+        num_shared: of the levels, those that are not a choice's last.
+    """
+
+    rows: Int64Array
+    tokens: Int64Array
+    first: Int64Array
+    different: Int64Array
+    num_shared: int
+
+    @classmethod
+    def of(cls, levels: Sequence[Groups]) -> Cut:
+        """The levels of one choice, coarsest first, the last level included."""
+        first = np.cumsum([0, *(len(level.rows) for level in levels[:-1])])
+        different = np.array([level.num_different for level in levels])
+        return cls(
+            np.concatenate([level.rows for level in levels]),
+            np.concatenate([level.tokens for level in levels]),
+            first,
+            different,
+            len(levels) - 1,
+        )
+
+
+@define(slots=True, frozen=True, eq=False)
+class Load:
+    """What calls do.
+
+    Attributes:
+        kernel: its number; an array of any shape, such as [levels, ways].
+        values: for each number below an array of that shape, float64 [9, ...].
+
+    The numbers:
+        blocks of a tile over a stretch of tokens; tokens of all blocks; tokens of the longest;
+        rows of partial results that the kernel merges itself, and rows that these belong to;
+        rows of results that are merged with those of other levels; query rows that are laid out anew for it;
+        bytes read from memory, and bytes read again.
+    """
+
+    kernel: npt.NDArray[np.intp]
+    values: FloatArray
+
+
+def is_short(heads_each: int, num_lists: int, num_tokens: int) -> bool:
+    """Whether lists of so many tokens, with a query row each, are for the kernel for short lists."""
+    return heads_each == _SHORT_HEADS and num_lists >= _LEAST_LISTS and num_tokens <= _SHORT_TOKENS * num_lists
+
+
+def loads_of(cut: Cut, heads: Heads, num_processors: int, slices: Int64Array) -> tuple[Load, npt.NDArray[np.bool_]]:
+    """What each level does by fa2 (or decode), and by fa3 in each number of slices; O(groups * slices).
+
+    Returns:
+        The loads, [levels, 1 + slices], and which of them make sense: no slice is too short, no last level is sliced.
+    """
+    counts = np.diff(cut.first, append=len(cut.rows))
+    level = np.repeat(np.arange(len(counts)), counts)
+    longest = np.maximum.reduceat(cut.tokens, cut.first)
+    total_rows, total_tokens = np.add.reduceat(np.stack((cut.rows, cut.tokens)), cut.first, axis=1)
+    values = np.zeros((9, len(counts), 1 + len(slices)))
+    values[0] = 1  # blocks of what is not counted
+    kernel = np.full(values.shape[1:], FA3)
+    kernel[:, 0], values[:7, :, 0] = _fa2(
+        cut, heads, num_processors, (counts, level, longest, total_rows, total_tokens)
+    )
+    if cut.num_shared and len(slices):
+        values[:7, : cut.num_shared, 1:] = _fa3(cut, heads, (level, longest), slices)
+    values[7] = (cut.different * float(heads.token_bytes))[:, None]
+    values[8] = (total_tokens * float(heads.token_bytes))[:, None] - values[7]
+    makes_sense = np.ones(values.shape[1:], dtype=bool)
+    makes_sense[:, 1:] = (slices == 1) | (longest[:, None] >= _LEAST_SLICE * slices)
+    makes_sense[cut.num_shared :, 1:] = False
+    return Load(kernel, values), makes_sense
+
+
+def _fa2(
+    cut: Cut, heads: Heads, num_processors: int, sums: tuple[Int64Array, ...]
+) -> tuple[Int64Array, tuple[Int64Array, ...]]:
+    """Kernel and the first seven numbers of each level."""
+    counts, level, longest, total_rows, total_tokens = sums
+    packed = cut.rows * heads.heads_each
+    mean = total_rows * heads.heads_each // counts
+    kernel = (mean > 16).astype(np.intp) + (mean > 64)
+    tiles = -(-packed // _TILES[kernel][level])
+    num_tiles, work = np.add.reduceat(np.stack((tiles, tiles * cut.tokens)), cut.first, axis=1)
+    room = max(1, 2 * num_processors // heads.num_kv_heads)  # tiles at a time for each KV head
+    # Either is long enough for all chunks to run at once.
+    by_list = -(-longest // np.maximum(1, room // num_tiles))
+    by_work = np.where(room > num_tiles, -(-work // np.maximum(1, room - num_tiles)), longest)
+    chunk = np.maximum(_LEAST_CHUNK, np.minimum(by_list, by_work))
+    chunks = -(-cut.tokens // chunk[level])
+    blocks, parts = np.add.reduceat(np.stack((tiles * chunks, cut.rows * chunks)), cut.first, axis=1)
+    split = longest > chunk
+    if heads.heads_each == _SHORT_HEADS:
+        few = (counts >= _LEAST_LISTS) & (total_tokens <= _SHORT_TOKENS * counts)
+        kernel[(total_rows == counts) & few] = SHORT
+    num_heads = heads.num_kv_heads
+    numbers = blocks * num_heads, work * num_heads, np.minimum(chunk, longest), parts * split, total_rows * split
+    return kernel, (*numbers, total_rows, 0 * total_rows)
+
+
+def _fa3(cut: Cut, heads: Heads, sums: tuple[Int64Array, ...], slices: Int64Array) -> FloatArray:
+    """The first seven numbers of each shared level for fa3, [7, levels, slices]."""
+    level, longest = sums
+    count = cut.num_shared
+    stop = cut.first[count] if count < len(cut.first) else len(cut.rows)
+    rows, tokens, first = cut.rows[:stop], cut.tokens[:stop], cut.first[:count]
+    tiles = -(-rows * heads.heads_each // 128) * heads.num_kv_heads
+    most = -(-longest[:count, None] // slices)
+    chunks = -(-tokens[:, None] // most[level[:stop]])
+    numbers = np.zeros((7, count, len(slices)))
+    numbers[0] = np.add.reduceat(tiles[:, None] * chunks, first)
+    numbers[1] = np.add.reduceat(tiles * tokens, first)[:, None]
+    numbers[2] = most
+    numbers[5] = numbers[6] = np.add.reduceat(rows[:, None] * chunks, first)
+    return numbers
