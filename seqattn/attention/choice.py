@@ -39,7 +39,9 @@ def choose(
     slices = iter(slices_of(used))
     by_level = [next(slices) if len(level.rows) else 0 for level in groups]
     shared = [Choice("fa3", n) if n else Choice("fa2") for n in by_level]
-    lens = np.diff(plan.levels[-1].qo_indptr)
+    if plan.levels[-1].decodes:
+        return [*shared, Choice("decode")]
+    lens = plan.levels[-1].row_lens
     if len(lens) and lens.min() == lens.max() == 1:
         return [*shared, Choice("decode")]
     is_long = has_fa3 and int(lens.sum()) >= _LONG_ROWS * len(lens)
@@ -47,7 +49,7 @@ def choose(
 
 
 def _groups(level: LevelPlan, page_size: int) -> Groups:
-    rows = np.diff(level.qo_indptr)
-    used = (rows > 0) & (level.kv_lens > 0)
+    rows, kv_lens = level.row_lens, level.kv_lens
+    used = (rows > 0) & (kv_lens > 0)
     different = len(np.unique(level.kv_page_indices)) * page_size
-    return Groups(rows[used], level.kv_lens[used], min(different, int(level.kv_lens[used].sum())))
+    return Groups(rows[used], kv_lens[used], min(different, int(kv_lens[used].sum())))
