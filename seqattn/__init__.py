@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seqattn.attention.front import PagedAttention
+    from seqattn.attention.graphs import DecodeGraphs
+    from seqattn.attention.step import DecodeStep
     from seqattn.cache import PagedKVCacheManager
     from seqattn.cost import CostModel
     from seqattn.descriptor import CacheDescriptor
@@ -58,6 +60,8 @@ __all__ = [
     "BadValueError",
     "CacheDescriptor",
     "CostModel",
+    "DecodeGraphs",
+    "DecodeStep",
     "DuplicateSequenceError",
     "FlashInferHybridData",
     "FlashInferPackedData",
@@ -88,6 +92,8 @@ __version__ = "0.1.0"
 _HOME = {
     "CacheDescriptor": "seqattn.descriptor",
     "CostModel": "seqattn.cost",
+    "DecodeGraphs": "seqattn.attention.graphs",
+    "DecodeStep": "seqattn.attention.step",
     "FlashInferHybridData": "seqattn.packed",
     "FlashInferPackedData": "seqattn.packed",
     "HeadIDGenerator": "seqattn.heads",

@@ -18,16 +18,22 @@ import numpy as np
 import torch
 from attrs import define
 
+from seqattn.errors import TensorError
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from seqattn.kernels import Launcher
+
     Int64Array = npt.NDArray[np.int64]
 
-__all__ = ["AppendTables", "can_append", "tables_for", "write_rows"]
+__all__ = ["AppendTables", "as_bits", "can_append", "check_rows", "tables_for", "write_places", "write_rows"]
 
 #: what the kernel is compiled for
 _HEAD_DIMS = (64, 128, 256, 512)
 _DTYPES = (torch.float16, torch.bfloat16)
+#: a dtype of equal width that every torch operation on indices supports
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @define(slots=True, frozen=True, eq=False)
@@ -55,13 +61,36 @@ def can_append(key_cache: torch.Tensor, head_dim: int, page_size: int) -> bool:
     return fits and page_size > 0 and find_spec("flashinfer") is not None
 
 
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers of equal width: moving bytes works for every dtype, arithmetic does not."""
+    return tensor.view(_BITS.get(tensor.element_size(), tensor.dtype))
+
+
+def check_rows(name: str, tensor: torch.Tensor, cache: torch.Tensor, num_heads: int) -> None:
+    """Refuses new keys or values that are not [n, num_heads, head_dim], like the cache. Raises TensorError."""
+    # Callers without type checks pass lists and arrays.
+    given: object = tensor
+    if not isinstance(given, torch.Tensor):
+        raise TensorError(f"{name} must be a tensor, not {type(given).__name__}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        seen = "nested" if tensor.is_nested else tensor.layout
+        raise TensorError(f"{name} is a {seen} tensor: make it dense first")
+    if tensor.ndim != 3 or tensor.shape[1:] != (num_heads, cache.shape[-1]):
+        raise TensorError(f"{name} has shape {list(tensor.shape)}, not [n, {num_heads}, {cache.shape[-1]}]")
+    if tensor.dtype != cache.dtype:
+        raise TensorError(f"{name} has dtype {tensor.dtype} but the cache holds {cache.dtype}: convert it first")
+    if tensor.device != cache.device:
+        raise TensorError(f"{name} is on {tensor.device} but the cache on {cache.device}: move it there first")
+
+
 def tables_for(pages: npt.NDArray[np.int32], offsets: Int64Array, page_size: int, device: torch.device) -> AppendTables:
     """The tables of new tokens that go to these pages and slots: one copy to the device."""
     n = len(pages)
     host = np.zeros(3 * n + 3, dtype=np.int32)
     host[:n], host[n : 2 * n] = pages, np.arange(n) * page_size + offsets
     host[3 * n + 1 :] = n, page_size
-    sent = torch.from_numpy(host).to(device)
+    # Pinned, so that what follows does not wait for the copy; torch keeps the memory until it is read.
+    sent = torch.from_numpy(host).pin_memory().to(device, non_blocking=True)
     return AppendTables(sent[:n], sent[n : 2 * n], sent[2 * n : 3 * n], sent[3 * n : -1], sent[-1:])
 
 
@@ -79,8 +108,8 @@ def write_rows(
         return
     with torch.cuda.device(keys.device):
         append_paged_kv_cache(
-            _side_by_side(keys.detach().resolve_neg()),
-            _side_by_side(values.detach().resolve_neg()),
+            _side_by_side(keys),
+            _side_by_side(values),
             tables.sequences,
             tables.positions,
             caches,
@@ -91,7 +120,40 @@ def write_rows(
         )
 
 
+def write_places(
+    rows: tuple[torch.Tensor, torch.Tensor],
+    places: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    kv_layout: str,
+    launcher: Launcher | None,
+) -> None:
+    """Writes keys and values to places that are known to be writable; on CUDA this may be captured in a graph.
+
+    Args:
+        rows: keys and values, [n, heads, head_dim] of the caches' dtype.
+        places: int32 [2, n] on the caches' device: page and slot of each row; nothing is written for a page below 0.
+        caches: keys and values of one layer, in the manager's layout.
+        kv_layout: that layout.
+        launcher: of the kernel that writes both; None to let torch do it.
+    """
+    new = [as_bits(tensor.detach().resolve_conj().resolve_neg()) for tensor in rows]
+    by_slot = [as_bits(cache if kv_layout == "NHD" else cache.transpose(1, 2)) for cache in caches]
+    if launcher is not None:
+        new = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in new]
+        with torch.cuda.device(places.device):
+            launcher.append_rows((new[0], new[1]), (by_slot[0], by_slot[1]), places)
+        return
+    real = places[0] >= 0
+    pages, slots = places[:, real].long()
+    for tensor, cache in zip(new, by_slot, strict=True):
+        cache[pages, slots] = tensor[real]
+
+
 def _side_by_side(rows: torch.Tensor) -> torch.Tensor:
     """The rows with each head's elements side by side and 16-byte aligned, as the kernel loads them; else a copy."""
-    aligned = rows.data_ptr() % 16 == 0 and all(stride * rows.element_size() % 16 == 0 for stride in rows.stride()[:2])
-    return rows if rows.stride(-1) == 1 and aligned else rows.contiguous()
+    if rows.requires_grad or rows.is_neg():
+        rows = rows.detach().resolve_neg()
+    row, head, element = rows.stride()
+    size = rows.element_size()
+    aligned = not (rows.data_ptr() % 16 or row * size % 16 or head * size % 16)
+    return rows if element == 1 and aligned else rows.contiguous()

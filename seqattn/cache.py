@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from seqattn.append import AppendTables, can_append, tables_for, write_rows
+from seqattn.append import AppendTables, as_bits, can_append, check_rows, tables_for, write_rows
 from seqattn.counts import as_count, positive
 from seqattn.errors import BadValueError, LengthError, PageError, SharedPageError, TensorError
 from seqattn.indptr import validate_last
@@ -26,12 +26,10 @@ from seqattn.tail import Tail, append_indptr_of, tail_of
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from seqattn.kernels import Launcher
     from seqattn.pages import PageList
 
 __all__ = ["PagedKVCacheManager", "as_bits"]
-
-#: a dtype of equal width that every torch operation on indices supports
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class PagedKVCacheManager(PageAllocator):
@@ -90,6 +88,7 @@ class PagedKVCacheManager(PageAllocator):
         self._tail: Tail | None = None
         self._tables: AppendTables | tuple[torch.Tensor, torch.Tensor] | None = None
         self._has_append = can_append(self.key_cache, self.head_dim, self.page_size)
+        self._launcher: Launcher | None = None
         self._has_copy = self.device.type == "cuda" and find_spec("triton") is not None
 
     def get_memory_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +140,7 @@ class PagedKVCacheManager(PageAllocator):
         """
         caches = self.layer_tensors(layer)
         tail = self._check_append(keys, values, flashinfer_data, append_indptr_cpu)
-        self._check_writable(tail)
+        self.check_writable(tail.written_pages, checked=tail is self._tail)
         if tail is not self._tail:
             _check_once(tail)
             self._tables = None  # should what follows fail, the next call starts anew
@@ -178,43 +177,39 @@ class PagedKVCacheManager(PageAllocator):
     ) -> Tail:
         """Where the rows go, after the checks that need no look at the pages' counts."""
         for name, tensor in (("keys", keys), ("values", values)):
-            self._check_rows(name, tensor)
+            check_rows(name, tensor, self.key_cache, self.num_heads)
         if not isinstance(packed, FlashInferPackedData):
             raise TensorError(f"append_kv needs plain FlashInferPackedData, not {type(packed).__name__}")
-        indptr = append_indptr_of(append_indptr, packed.num_sequences)
-        if not len(keys) == len(values) == indptr[-1]:
+        tail = self._tail
+        if tail is None or not tail.is_of(packed, append_indptr):
+            indptr = append_indptr_of(append_indptr, packed.num_sequences)
+            validate_last(packed.kv_page_indptr, packed.kv_last_page_len, self.page_size)
+            tail = tail_of(packed, indptr, self.page_size)
+        if not len(keys) == len(values) == len(tail.pages):
             raise LengthError(
-                f"{len(keys)} keys and {len(values)} values, but append_indptr_cpu ends at {indptr[-1]}: all must agree"
+                f"{len(keys)} keys and {len(values)} values, but append_indptr_cpu ends at {len(tail.pages)}: "
+                "all must agree"
             )
-        if self._tail is not None and self._tail.is_of(packed, indptr):
-            return self._tail
-        validate_last(packed.kv_page_indptr, packed.kv_last_page_len, self.page_size)
-        return tail_of(packed, indptr, self.page_size)
+        return tail
 
-    def _check_rows(self, name: str, tensor: torch.Tensor) -> None:
-        # Callers without type checks pass lists and arrays.
-        given: object = tensor
-        if not isinstance(given, torch.Tensor):
-            raise TensorError(f"{name} must be a tensor, not {type(given).__name__}")
-        if tensor.is_nested or tensor.layout != torch.strided:
-            seen = "nested" if tensor.is_nested else tensor.layout
-            raise TensorError(f"{name} is a {seen} tensor: make it dense first")
-        if tensor.ndim != 3 or tensor.shape[1:] != (self.num_heads, self.head_dim):
-            raise TensorError(f"{name} has shape {list(tensor.shape)}, not [n, {self.num_heads}, {self.head_dim}]")
-        if tensor.dtype != self.dtype:
-            raise TensorError(f"{name} has dtype {tensor.dtype} but the cache holds {self.dtype}: convert it first")
-        if tensor.device != self.device:
-            raise TensorError(f"{name} is on {tensor.device} but the cache on {self.device}: move it there first")
+    def check_writable(self, pages: npt.NDArray[np.int32], *, checked: bool = False) -> None:
+        """Refuses pages that cannot be written; O(pages).
 
-    def _check_writable(self, tail: Tail) -> None:
-        """Refuses pages that are out of range, free or shared; in every layer, as counts may have changed."""
-        pages = tail.written_pages if tail is self._tail else self.as_pages(tail.written_pages)
-        counts = self.ref_count[pages]
-        if len(pages) and not (counts == 1).all():
+        Args:
+            pages: page numbers.
+            checked: they are known to be in range. Counts may change between two layers, and are looked at anyway.
+
+        Raises:
+            SharedPageError: a page has more than one reference.
+            PageError: a page is free or out of range.
+        """
+        known = pages if checked else self.as_pages(pages)
+        counts = self.ref_count[known]
+        if len(known) and not (counts == 1).all():
             i = int((counts != 1).argmax())
             if counts[i] > 1:
-                raise SharedPageError(int(pages[i]), int(counts[i]))
-            raise PageError(f"page {pages[i]} is free and cannot be written: was its sequence released?")
+                raise SharedPageError(int(known[i]), int(counts[i]))
+            raise PageError(f"page {known[i]} is free and cannot be written: was its sequence released?")
 
     def _write(
         self, keys: torch.Tensor, values: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], tail: Tail
@@ -233,15 +228,18 @@ class PagedKVCacheManager(PageAllocator):
             self._by_slot(cache)[self._tables] = new
 
     def _copy_on_device(self, table: npt.NDArray[np.int32]) -> None:
-        from seqattn.kernels import copy_slots
+        from seqattn.kernels import Launcher
 
+        self._launcher = self._launcher or Launcher()
         words = []
         for cache in (self.key_cache, self.value_cache):
             by_slot = self._by_slot(cache if self.num_layers > 1 else cache[None])
             wide = self.head_dim * self.dtype.itemsize % 8 == 0
             words.append(by_slot.view(torch.int64) if wide else by_slot)
         with torch.cuda.device(self.device):
-            copy_slots(words[0], words[1], torch.from_numpy(table).to(self.device))
+            # Pinned, so that what follows does not wait for the copy; torch keeps the memory until it is read.
+            sent = torch.from_numpy(table).pin_memory().to(self.device, non_blocking=True)
+            self._launcher.copy_slots(words[0], words[1], sent, int(table[2].max()))
 
     def _by_slot(self, cache: torch.Tensor) -> torch.Tensor:
         """The bytes of a cache tensor with axes [..., page, slot, head, element], whatever its layout; a view."""
@@ -257,11 +255,6 @@ def _check_once(tail: Tail) -> None:
     pages, times = np.unique(tail.written_pages, return_counts=True)
     if len(pages) < len(tail.written_pages):
         raise PageError(f"page {pages[times.argmax()]} would be written for {times.max()} sequences of the batch")
-
-
-def as_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as integers of equal width: moving bytes works for every dtype, arithmetic does not."""
-    return tensor.view(_BITS.get(tensor.element_size(), tensor.dtype))
 
 
 def _storable(dtype: torch.dtype) -> torch.dtype:

@@ -48,9 +48,12 @@ class Tail:
     packed: FlashInferPackedData
     append_indptr: Int64Array
 
-    def is_of(self, packed: FlashInferPackedData, append_indptr: Int64Array) -> bool:
+    def is_of(self, packed: FlashInferPackedData, append_indptr: torch.Tensor) -> bool:
         """Whether this is the tail of the same packed data, whose tensors nobody writes, and the same new tokens."""
-        return self.packed is packed and np.array_equal(self.append_indptr, append_indptr)
+        if self.packed is not packed or not isinstance(append_indptr, torch.Tensor):
+            return False
+        on_cpu = append_indptr.device.type == "cpu" and append_indptr.dtype in (torch.int32, torch.int64)
+        return on_cpu and np.array_equal(self.append_indptr, append_indptr.detach().numpy())
 
 
 def tail_of(packed: FlashInferPackedData, append_indptr: Int64Array, page_size: int) -> Tail:

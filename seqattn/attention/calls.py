@@ -17,6 +17,7 @@ slices, each with the same queries once more.
 
 from __future__ import annotations
 
+from operator import is_
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
     Int64Array = npt.NDArray[np.int64]
     Int32Array = npt.NDArray[np.int32]
+    Tables = tuple[Int32Array, Int32Array, Int32Array, Int32Array]
 
-__all__ = ["Choice", "KernelCall", "Work", "work_of"]
+__all__ = ["Choice", "KernelCall", "Work", "is_next", "next_work", "work_of"]
 
 
 @define(slots=True, frozen=True)
@@ -74,6 +76,11 @@ class KernelCall:
     first_part: int
     num_rows: int
 
+    @property
+    def offsets(self) -> tuple[Int32Array, Int32Array, Int32Array]:
+        """What a plan reads on the CPU."""
+        return self.qo_indptr, self.kv_page_indptr, self.kv_last_page_len
+
 
 @define(slots=True, frozen=True, eq=False)
 class Work:
@@ -85,7 +92,8 @@ class Work:
         part_indptr: where each caller's row begins in `part_codes`, int32 [rows + 1].
         part_codes: for each row its parts and their way, int32.
         num_parts: rows of all calls.
-        direct: the one call has the caller's rows, in order: its results are the batch's.
+        direct: the one call has the caller's rows, in order: its results are the batch's, and nothing is gathered or
+            merged; there are no codes.
     """
 
     calls: tuple[KernelCall, ...]
@@ -95,6 +103,10 @@ class Work:
     num_parts: int
     direct: bool
 
+    def lane(self, i: int) -> int:
+        """The stream of a call: 0 for the last on the caller's, 1 for the first of several, 2 for those between."""
+        return 0 if i == len(self.calls) - 1 else min(i, 1) + 1
+
 
 def work_of(plan: BatchPlan, choices: Sequence[Choice], heads_each: int, page_size: int) -> Work:
     """The calls for a batch, level by level; groups without rows or pages are left out. O(pages + parts)."""
@@ -103,6 +115,32 @@ def work_of(plan: BatchPlan, choices: Sequence[Choice], heads_each: int, page_si
     for i, (level, choice) in enumerate(zip(plan.levels, choices, strict=True)):
         builder.add(level, choice, is_last=i == len(plan.levels) - 1)
     return builder.work()
+
+
+def is_next(old: BatchPlan, new: BatchPlan) -> bool:
+    """Whether two batches differ in nothing but pages and lengths of the last level, and decode."""
+    same = len(old.levels) == len(new.levels) and old.num_rows == new.num_rows and old.rows is new.rows
+    return same and new.levels[-1].decodes and all(map(is_, old.levels[:-1], new.levels[:-1]))
+
+
+def next_work(work: Work, plan: BatchPlan) -> Work:
+    """The calls for a batch that `is_next` to an earlier one.
+
+    Args:
+        work: of the earlier batch, which decodes too.
+        plan: the batch.
+    """
+    level = plan.levels[-1]
+    indptr, pages, last = level.kv_page_indptr, level.kv_page_indices, level.kv_last_page_len
+    if plan.rows is not None:
+        groups = np.argsort(plan.rows)
+        pages = pages[_ranges(indptr[groups], indptr[groups + 1])]
+        indptr, last = _indptr(level.page_lens[groups]), last[groups]
+    *shared, old = work.calls
+    how = (old.causal, old.by_group, old.first_query, old.first_part, old.num_rows)
+    call = KernelCall(old.kernel, old.qo_indptr, indptr, pages, last, *how)
+    codes = (work.query_codes, work.part_indptr, work.part_codes)
+    return Work((*shared, call), *codes, work.num_parts, work.direct)
 
 
 @define(slots=True, eq=False)
@@ -121,49 +159,51 @@ class _Builder:
 
     def add(self, level: LevelPlan, choice: Choice, *, is_last: bool) -> None:
         """Makes a level a call, unless nothing in it is to be read."""
-        lens, num_pages = np.diff(level.qo_indptr), np.diff(level.kv_page_indptr)
-        groups = np.flatnonzero((lens > 0) & (num_pages > 0))
+        row_lens, page_lens = level.row_lens, level.page_lens
+        used = (row_lens > 0) & (page_lens > 0)
+        groups = np.flatnonzero(used)
         if not len(groups):
             return
+        if len(groups) == len(used) and is_last and self.in_order:
+            tables = (level.qo_indptr, level.kv_page_indptr, level.kv_page_indices, level.kv_last_page_len)
+            self._append(choice, tables, np.arange(len(self.rows)), causal=level.causal, by_group=False)
+            return
+        if choice.kernel == "decode":  # one row each: with the pages in the caller's order nothing is gathered
+            groups = groups[np.argsort(self.rows[level.qo_indptr[groups]])]
         by_group = choice.kernel == "fa3" and not is_last
-        slices = _num_slices(num_pages[groups], choice.slices) if by_group else np.ones_like(groups)
-        which, nth = np.repeat(groups, slices), _ranges(np.zeros_like(slices), slices)
-        num_slices = np.repeat(slices, slices)
-        begin, end = (num_pages[which] * i // num_slices for i in (nth, nth + 1))
+        which, begin, end = _sliced(page_lens, groups, choice.slices if by_group else 1)
+        lens = row_lens[which]
         kv_page_indptr = _indptr(end - begin)
-        last = (level.kv_lens[which] - 1) % self.page_size + 1
         pages = level.kv_page_indices
-        if kv_page_indptr[-1] != len(pages):
-            pages = pages[_ranges(level.kv_page_indptr[groups], level.kv_page_indptr[groups + 1])]
-        at = _ranges(level.qo_indptr[which], level.qo_indptr[which + 1])
-        self.calls.append(
-            KernelCall(
-                choice.kernel,
-                _indptr(lens[which] * (self.heads_each if by_group else 1)),
-                kv_page_indptr,
-                pages,
-                np.where(end == num_pages[which], last, self.page_size).astype(np.int32),
-                causal=level.causal,
-                by_group=by_group,
-                first_query=self._gather(at, by_group=by_group),
-                first_part=self.num_parts,
-                num_rows=len(at),
-            )
-        )
+        if kv_page_indptr[-1] != len(pages) or (groups[1:] < groups[:-1]).any():
+            pages = pages[_ranges(level.kv_page_indptr[which] + begin, level.kv_page_indptr[which] + end)]
+        last = np.where(end == page_lens[which], level.kv_last_page_len[which], self.page_size)
+        qo_indptr = _indptr(lens * (self.heads_each if by_group else 1))
+        first = level.qo_indptr[which]
+        tables = (qo_indptr, kv_page_indptr, pages, last.astype(np.int32))
+        self._append(choice, tables, _ranges(first, first + lens), causal=level.causal, by_group=by_group)
+
+    def _append(self, choice: Choice, tables: Tables, at: Int64Array, *, causal: bool, by_group: bool) -> None:
+        """A call with these tables, whose rows stand at `at` in group order."""
+        first_query = self._gather(at, by_group=by_group)
+        self.calls.append(KernelCall(choice.kernel, *tables, causal, by_group, first_query, self.num_parts, len(at)))
         self.parts.append((self.rows[at], 2 * np.arange(self.num_parts, self.num_parts + len(at)) + by_group))
         self.num_parts += len(at)
 
     def _gather(self, at: Int64Array, *, by_group: bool) -> int | None:
         """Notes the queries at these rows of the group order; None if they are the caller's as they are."""
-        if self.in_order and len(at) == len(self.rows) and (not by_group or self.heads_each == 1):
-            return None  # without slices, groups follow one another
-        self.queries.append(2 * self.rows[at] + by_group)
+        rows = self.rows[at]
+        if len(at) == len(self.rows) and (not by_group or self.heads_each == 1) and (rows[1:] > rows[:-1]).all():
+            return None
+        self.queries.append(2 * rows + by_group)
         self.num_queries += len(at)
         return self.num_queries - len(at)
 
     def work(self) -> Work:
         """What was added, with the parts of each row together."""
-        none = np.zeros(0, dtype=np.int64)
+        none = np.zeros(0, dtype=np.int32)
+        if len(self.calls) == 1 and self.num_parts == len(self.rows) and not self.num_queries:
+            return Work(tuple(self.calls), none, none, none, self.num_parts, direct=True)
         rows, codes = (np.concatenate([none, *(part[i] for part in self.parts)]) for i in (0, 1))
         by_row = np.argsort(rows, kind="stable")
         return Work(
@@ -172,18 +212,25 @@ class _Builder:
             _indptr(np.bincount(rows, minlength=len(self.rows))),
             codes[by_row].astype(np.int32),
             self.num_parts,
-            direct=len(self.calls) == 1 and self.num_parts == len(self.rows) and not self.num_queries,
+            direct=False,
         )
 
 
-def _num_slices(num_pages: Int64Array, slices: int) -> Int64Array:
-    """Slices of each list of pages, so that none is longer than those of the longest."""
-    most = -(-int(num_pages.max()) // slices)
-    slices_of_each: Int64Array = -(-num_pages // most)
-    return slices_of_each
+def _sliced(num_pages: Int64Array, groups: Int64Array, slices: int) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """The slices of each group's list of pages: its group, where it begins and where it ends.
+
+    None is longer than those of the longest list, which is cut into `slices`.
+    """
+    if slices == 1:
+        return groups, np.zeros_like(groups), num_pages[groups]
+    most = -(-int(num_pages[groups].max()) // slices)
+    num_slices = -(-num_pages[groups] // most)
+    which, of = np.repeat(groups, num_slices), np.repeat(num_slices, num_slices)
+    nth = _ranges(np.zeros_like(num_slices), num_slices)
+    return which, num_pages[which] * nth // of, num_pages[which] * (nth + 1) // of
 
 
-def _ranges(begin: Int64Array, end: Int64Array) -> Int64Array:
+def _ranges(begin: npt.NDArray[np.integer], end: npt.NDArray[np.integer]) -> Int64Array:
     """The numbers from `begin[0]` to `end[0]`, then those from `begin[1]`, and so on."""
     lens = end - begin
     before = np.cumsum(lens) - lens

@@ -36,20 +36,21 @@ def choose(
     """A choice for each level of a batch; `slices_of` gives the slices of shared levels above a last, 0 for fa2."""
     groups = [_groups(level, page_size) for level in plan.levels[:-1]]
     used = [level for level in groups if len(level.rows)]
-    rows, kv_lens = np.diff(plan.levels[-1].qo_indptr), plan.levels[-1].kv_lens
+    last = plan.levels[-1]
+    rows, kv_lens = last.row_lens, last.kv_lens
     read = (rows > 0) & (kv_lens > 0)
-    last = Groups(rows[read], kv_lens[read], int(kv_lens[read].sum()))
-    slices = iter(slices_of(used, last) if used and len(last.rows) else [0] * len(used))
+    own = Groups(rows[read], kv_lens[read], int(kv_lens[read].sum()))
+    slices = iter(slices_of(used, own) if used and len(own.rows) else [0] * len(used))
     by_level = [next(slices) if len(level.rows) else 0 for level in groups]
     shared = [Choice("fa3", n) if n else Choice("fa2") for n in by_level]
-    if len(rows) and rows.min() == rows.max() == 1:
+    if last.decodes or (len(rows) and rows.min() == rows.max() == 1):
         return [*shared, Choice("decode")]
     is_long = has_fa3 and int(rows.sum()) >= _LONG_ROWS * len(rows)
     return [*shared, Choice("fa3" if is_long else "fa2")]
 
 
 def _groups(level: LevelPlan, page_size: int) -> Groups:
-    rows = np.diff(level.qo_indptr)
-    used = (rows > 0) & (level.kv_lens > 0)
+    rows, kv_lens = level.row_lens, level.kv_lens
+    used = (rows > 0) & (kv_lens > 0)
     different = len(np.unique(level.kv_page_indices)) * page_size
-    return Groups(rows[used], level.kv_lens[used], min(different, int(level.kv_lens[used].sum())))
+    return Groups(rows[used], kv_lens[used], min(different, int(kv_lens[used].sum())))

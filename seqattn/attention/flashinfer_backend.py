@@ -25,14 +25,15 @@ What flashinfer leaves to its callers is settled here:
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from seqattn.attention.calls import KernelCall, Work, work_of
+from seqattn.attention.calls import KernelCall, Work, is_next, next_work, work_of
 from seqattn.attention.choice import choose
-from seqattn.attention.prepared import Prepared
-from seqattn.attention.wrappers import WrapperSet
+from seqattn.attention.prepared import Form, Prepared, Scratch, scratch_for
+from seqattn.attention.streams import Streams
+from seqattn.attention.wrappers import Wrapper, WrapperSet
 from seqattn.constants import Chip, constants_for
 from seqattn.device import Heads
 from seqattn.errors import MissingExtraError, SeqAttnError, TensorError
@@ -40,10 +41,14 @@ from seqattn.errors import MissingExtraError, SeqAttnError, TensorError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    import numpy.typing as npt
+
     from seqattn.attention.calls import Choice
     from seqattn.attention.plan import BatchPlan
     from seqattn.cache import PagedKVCacheManager
     from seqattn.device import Groups
+    from seqattn.kernels import Launcher
 
 __all__ = ["FlashInferBackend", "why_not"]
 
@@ -95,14 +100,19 @@ class FlashInferBackend:
         self.num_processors = properties.multi_processor_count
         self.heads = Heads(num_qo_heads, manager.num_heads, manager.head_dim, manager.dtype.itemsize)
         self.costs = constants_for(Chip.of(properties))
+        self.form = Form(num_qo_heads, manager.num_heads, manager.head_dim, manager.dtype, self.device)
         workspaces: dict[int, torch.Tensor] = {}
-        self._sets = tuple(WrapperSet(manager, num_qo_heads, self.num_processors, workspaces) for _ in range(2))
+        self.sets = tuple(WrapperSet(manager, num_qo_heads, self.num_processors, workspaces) for _ in range(2))
         self._turn = 0
+        self._scratch: Scratch | None = None
         self._captured: list[Prepared] = []
+        self._known: tuple[BatchPlan, Work] | None = None  # a decoding batch; the next is often much the same
+        self._codes: tuple[object, list[torch.Tensor]] | None = None  # on the device, and the array that tells them
         self._last_slices: tuple[bytes, list[int]] = (b"none", [])
-        self._sides = [torch.cuda.Stream(self.device, priority=priority) for priority in (-2, -1)]  # type: ignore[no-untyped-call]
-        self._pause = torch.zeros(1, device=self.device)
-        self._events = tuple(torch.cuda.Event() for _ in range(4))  # type: ignore[no-untyped-call]
+        self._caches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._caches_of: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        self._launcher: Launcher | None = None
+        self._streams = Streams(self.device)
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
@@ -116,15 +126,23 @@ class FlashInferBackend:
         with torch.cuda.device(self.device):
             if torch.cuda.is_current_stream_capturing():
                 raise SeqAttnError("plan cannot be captured in a CUDA graph: plan first, then capture run")
-            work = work_of(plan, choices or self._choices(plan), self.heads_each, self.manager.page_size)
-            wrappers = self._sets[self._turn]
+            work = self.work(plan, choices)
+            wrappers = self.sets[self._turn]
             with wrappers.in_use():
                 prepared = self._plan_calls(wrappers, work)
         self._turn = 1 - self._turn
         return prepared
 
-    def _choices(self, plan: BatchPlan) -> list[Choice]:
-        return choose(plan, self._slices_of, self.manager.page_size, has_fa3=self.costs.has_fa3)
+    def work(self, plan: BatchPlan, choices: Sequence[Choice] | None = None) -> Work:
+        """A batch as calls; the arguments are those of `prepare`."""
+        if choices is not None:
+            return work_of(plan, choices, self.heads_each, self.manager.page_size)
+        if self._known is not None and is_next(self._known[0], plan):
+            return next_work(self._known[1], plan)
+        choices = choose(plan, self._slices_of, self.manager.page_size, has_fa3=self.costs.has_fa3)
+        work = work_of(plan, choices, self.heads_each, self.manager.page_size)
+        self._known = (plan, work) if plan.levels[-1].decodes else None
+        return work
 
     def _slices_of(self, shared: Sequence[Groups], last: Groups) -> list[int]:
         """The slices of shared levels; those of a decoding batch stay the same for many steps."""
@@ -135,24 +153,50 @@ class FlashInferBackend:
         return self._last_slices[1]
 
     def _plan_calls(self, wrappers: WrapperSet, work: Work) -> Prepared:
-        """Sends the page numbers and codes to the device in one copy, and plans a wrapper for each call."""
-        pages = [call.kv_page_indices for call in work.calls]
-        codes = (work.query_codes, work.part_indptr, work.part_codes)
-        on_device, offsets = wrappers.stage(
-            [*pages, *codes],
-            [part for call in work.calls for part in (call.qo_indptr, call.kv_page_indptr, call.kv_last_page_len)],
-        )
-        planned = []
+        """Sends the page numbers and codes to the device in one copy, and plans a wrapper for each call that is new."""
+        used = []
         for i, call in enumerate(work.calls):
-            nth = sum(other.kernel == call.kernel for other in work.calls[:i])
-            wrapper = wrappers.sized(call, _lane(i, work), nth)
-            qo_indptr, kv_page_indptr, last = offsets[3 * i : 3 * i + 3]
-            self._plan_call(wrapper, call, (qo_indptr, kv_page_indptr, on_device[i], last))
-            planned.append(wrapper)
-        form = (self.num_qo_heads, self.manager.num_heads, self.manager.head_dim)
-        return Prepared.of(work, planned, on_device[len(pages) :], form, self.manager.dtype)
+            lane, kind = work.lane(i), (call.kernel, call.by_group)
+            nth = sum(work.lane(j) == lane and (c.kernel, c.by_group) == kind for j, c in enumerate(work.calls[:i]))
+            used.append(wrappers.sized(call, lane, nth))
+        new = [i for i, call in enumerate(work.calls) if not used[i].is_planned_for(call)]
+        codes: tuple[npt.NDArray[np.int32], ...] = ()
+        known = self._codes if self._codes is not None and self._codes[0] is work.part_codes else None
+        if not work.direct and known is None:
+            codes = (work.query_codes, work.part_indptr, work.part_codes)
+        on_device, offsets = wrappers.stage(
+            [*codes, *(work.calls[i].kv_page_indices for i in new)],
+            [part for i in new for part in work.calls[i].offsets],
+        )
+        for nth, i in enumerate(new):
+            qo_indptr, kv_page_indptr, last = offsets[3 * nth : 3 * nth + 3]
+            used[i].begin()
+            self.plan_call(used[i], work.calls[i], (qo_indptr, kv_page_indptr, on_device[len(codes) + nth], last))
+        if not work.direct and known is None:
+            self._codes = known = (work.part_codes, on_device[:3])
+        return self.prepared(work, used, known[1] if known is not None else ())
 
-    def _plan_call(self, wrapper: Any, call: KernelCall, tables: tuple[torch.Tensor, ...]) -> None:  # noqa: ANN401  flashinfer's, untyped
+    def prepared(
+        self, work: Work, used: Sequence[Wrapper], codes: Sequence[torch.Tensor], *, is_fixed: bool = False
+    ) -> Prepared:
+        """A step of planned wrappers, and the codes of its work on the device."""
+        scratch = scratch_for(work, self.form, None if is_fixed else self._scratch)
+        if not is_fixed:
+            self._scratch = scratch
+        runs = [wrapper.runs for wrapper in used if wrapper.runs is not None]
+        return Prepared(work, runs, codes, scratch, is_fixed)
+
+    def plan_call(
+        self, wrapper: Wrapper, call: KernelCall, tables: tuple[torch.Tensor, ...], **options: object
+    ) -> None:
+        """Plans a wrapper for a call.
+
+        Args:
+            wrapper: of the call's kind.
+            call: the call.
+            tables: its qo_indptr, kv_page_indptr, pages and kv_last_page_len; the pages on the device, the others not.
+            options: of the wrapper's plan.
+        """
         manager = self.manager
         sizes = (manager.num_heads if call.by_group else self.num_qo_heads, manager.num_heads, manager.head_dim)
         common = {
@@ -160,11 +204,12 @@ class FlashInferBackend:
             "kv_data_type": manager.dtype,
             "sm_scale": self.sm_scale,
             "logits_soft_cap": self.logits_soft_cap,
-        }
+        } | options
         if call.kernel == "decode":
-            wrapper.plan(*tables[1:], *sizes, manager.page_size, **common)
+            wrapper.made.plan(*tables[1:], *sizes, manager.page_size, **common)
         else:
-            wrapper.plan(*tables, *sizes, manager.page_size, causal=call.causal, **common)
+            wrapper.made.plan(*tables, *sizes, manager.page_size, causal=call.causal, **common)
+        wrapper.done(call)
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -184,33 +229,31 @@ class FlashInferBackend:
         """
         if q.dtype != self.manager.dtype:
             raise TensorError(f"q is {q.dtype} but the cache holds {self.manager.dtype}: the kernels read one dtype")
-        caches, work = self.manager.layer_tensors(layer), prepared.work
-        if torch.cuda.is_current_stream_capturing() and prepared not in self._captured:
+        caches = self._layer(layer)
+        if torch.cuda.is_current_stream_capturing() and not prepared.is_fixed and prepared not in self._captured:
             self._captured.append(prepared)  # the graph goes on using its memory
         q = q if q.stride(-1) == 1 else q.contiguous()
+        direct = prepared.work.direct
         with torch.cuda.device(self.device):
-            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            lse = torch.empty(q.shape[:2] if return_lse or not work.direct else 0, dtype=torch.float32, device=q.device)
-            if work.direct:
-                self._run_direct(q, caches, prepared, (out, lse), return_lse=return_lse)
+            out = torch.empty(q.shape, dtype=q.dtype, device=self.device)
+            lse = out
+            if return_lse or not direct:
+                lse = torch.empty(q.shape[:2], dtype=torch.float32, device=self.device)
+            if direct:
+                prepared.runs[0][return_lse](q, caches, out, lse if return_lse else None)
             elif len(q):
                 self._run_parts(q, caches, prepared, (out, lse))
         return out, lse
 
-    def _run_direct(
-        self,
-        q: torch.Tensor,
-        caches: tuple[torch.Tensor, torch.Tensor],
-        prepared: Prepared,
-        results: tuple[torch.Tensor, torch.Tensor],
-        *,
-        return_lse: bool,
-    ) -> None:
-        out, lse = results
-        if return_lse:
-            prepared.wrappers[0].run(q, caches, out=out, lse=lse, return_lse=True)
-        else:
-            prepared.wrappers[0].run(q, caches, out=out)
+    def _layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer; views are made once, not once a step."""
+        manager = self.manager
+        if self._caches_of[0] is not manager.key_cache or self._caches_of[1] is not manager.value_cache:
+            self._caches = [manager.layer_tensors(i) for i in range(manager.num_layers)]
+            self._caches_of = manager.get_memory_tensors()
+        if type(layer) is not int or not 0 <= layer < len(self._caches):
+            return manager.layer_tensors(layer)  # which says what is wrong
+        return self._caches[layer]
 
     def _run_parts(
         self,
@@ -219,46 +262,27 @@ class FlashInferBackend:
         prepared: Prepared,
         results: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
-        from seqattn.kernels import gather_queries, merge_parts
+        if self._launcher is None:
+            from seqattn.kernels import Launcher
 
-        if len(prepared.gathered):
-            gather_queries(q, prepared.query_codes, prepared.gathered, self.heads_each)
-        if self.overlap and len(prepared.work.calls) > 1:
-            self._run_on_streams(q, caches, prepared)
+            self._launcher = Launcher()
+        scratch = prepared.scratch
+        query_codes, part_indptr, part_codes = prepared.codes
+        if len(scratch.gathered):
+            self._launcher.gather_queries(q, query_codes, scratch.gathered, self.heads_each)
+        num_calls = len(prepared.runs)
+        if self.overlap and num_calls > 1:
+            pause = prepared.work.calls[0].kernel == "fa3"
+            self._streams.run(num_calls, lambda i: _run_call(q, caches, prepared, i), pause=pause)
         else:
-            for i in range(len(prepared.work.calls)):
+            for i in range(num_calls):
                 _run_call(q, caches, prepared, i)
-        codes = (prepared.part_indptr, prepared.part_codes)
-        merge_parts(prepared.part_out, prepared.part_lse, *codes, *results, heads_each=self.heads_each)
-
-    def _run_on_streams(self, q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], prepared: Prepared) -> None:
-        """The last call on the caller's stream, those before it on streams that go first."""
-        main = torch.cuda.current_stream(self.device)
-        calls, begun, done = prepared.work.calls, self._events[:2], self._events[2:]
-        sides = list(zip(self._sides, ([0], range(1, len(calls) - 1)), begun, done, strict=True))[: len(calls) - 1]
-        begun[0].record(main)
-        if calls[0].kernel == "fa3":
-            self._pause.zero_()  # meanwhile the blocks of the first call get their multiprocessors
-        begun[1].record(main)
-        try:
-            for side, its, start, _ in sides:
-                side.wait_event(start)
-                torch.cuda.set_stream(side)
-                for i in its:
-                    _run_call(q, caches, prepared, i)
-        finally:
-            torch.cuda.set_stream(main)
-        _run_call(q, caches, prepared, len(calls) - 1)
-        for side, _, _, end in sides:
-            end.record(side)
-            main.wait_event(end)
+        parts = (scratch.part_out, scratch.part_lse, part_indptr, part_codes)
+        self._launcher.merge_parts(*parts, *results, heads_each=self.heads_each)
 
 
 def _run_call(q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], prepared: Prepared, i: int) -> None:
-    queries, out, lse = prepared.views[i]
-    prepared.wrappers[i].run(q if queries is None else queries, caches, out=out, lse=lse, return_lse=True)
-
-
-def _lane(i: int, work: Work) -> int:
-    """The stream of a call: 0 for the last on the caller's, 1 for the first of several, 2 for those between."""
-    return 0 if i == len(work.calls) - 1 else min(i, 1) + 1
+    queries, out, lse = prepared.scratch.views[i]
+    if queries is None:
+        queries = q if len(q) == len(out) else q[: len(out)]
+    prepared.runs[i][1](queries, caches, out, lse)

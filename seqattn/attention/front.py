@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 import torch
 
-from seqattn.attention.plan import BatchPlan, plan_batch
+from seqattn.attention.plan import Planner
 from seqattn.cache import PagedKVCacheManager
 from seqattn.cost import CostModel
 from seqattn.counts import positive
@@ -24,6 +24,7 @@ from seqattn.errors import BadValueError, SeqAttnError, TensorError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from seqattn.attention.plan import BatchPlan
     from seqattn.device import Device
     from seqattn.packed import FlashInferHybridData, FlashInferPackedData
 
@@ -107,7 +108,8 @@ class PagedAttention:
         cap = None if logits_soft_cap is None else _positive("logits_soft_cap", logits_soft_cap)
         self.backend = _best_backend(manager) if backend == "auto" else backend
         self._impl: Backend = _backend_class(self.backend)(manager, self.num_qo_heads, scale, cap)
-        self._plan: BatchPlan | None = None
+        self._planner = Planner(manager)
+        self._shape: tuple[int, ...] | None = None  # of the planned queries
         self._prepared: Any = None
         self._rows: torch.Tensor | None = None
 
@@ -141,11 +143,12 @@ class PagedAttention:
 
         The plan before stays if this raises. Cost: O(pages) on the CPU.
         """
-        plan = plan_batch(self.manager, packed, query_lens, causal=causal)
+        plan = self._planner.plan(packed, query_lens, causal=causal)
         permute = plan.rows is not None and not self._impl.orders_rows
         rows = torch.from_numpy(plan.rows).to(self.manager.device) if permute else None
         prepared = self._impl.prepare(plan)
-        self._plan, self._prepared, self._rows = plan, prepared, rows
+        self._shape = (plan.num_rows, self.num_qo_heads, self.manager.head_dim)
+        self._prepared, self._rows = prepared, rows
 
     @overload
     def run(self, q: torch.Tensor, *, layer: int = 0, return_lse: Literal[False] = False) -> torch.Tensor: ...
@@ -161,7 +164,7 @@ class PagedAttention:
         """Attention of the planned batch in one layer; no gradient.
 
         May be captured in a CUDA graph after a first run: replays compute the batch that was planned at the capture,
-        and the next `plan` but one voids them.
+        and the next `plan` but one voids them. `DecodeGraphs` captures graphs that are replayed for later batches.
 
         Args:
             q: query rows of all sequences in the caller's order, [rows, num_qo_heads, head_dim], float16, bfloat16,
@@ -178,26 +181,33 @@ class PagedAttention:
             TensorError: `q` has a wrong shape, dtype or device.
             LengthError: `layer` is out of range.
         """
-        if self._plan is None:
+        if self._shape is None:
             raise SeqAttnError("run needs a plan: call plan(packed) first, once a step")
-        self._check_queries(q, self._plan.num_rows)
-        with torch.no_grad():
-            if self._rows is None:
-                out, lse = self._impl.run(q, layer, self._prepared, return_lse=return_lse)
-            else:
-                grouped_out, grouped_lse = self._impl.run(q[self._rows], layer, self._prepared, return_lse=return_lse)
-                out, lse = torch.empty_like(grouped_out), torch.empty_like(grouped_lse)
-                out[self._rows], lse[self._rows] = grouped_out, grouped_lse
+        self.check_queries(q, self._shape)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                out, lse = self._run(q, layer, return_lse=return_lse)
+        else:
+            out, lse = self._run(q, layer, return_lse=return_lse)
         return (out, lse) if return_lse else out
 
-    def _check_queries(self, q: torch.Tensor, num_rows: int) -> None:
+    def _run(self, q: torch.Tensor, layer: int, *, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._rows is None:
+            return self._impl.run(q, layer, self._prepared, return_lse=return_lse)
+        grouped_out, grouped_lse = self._impl.run(q[self._rows], layer, self._prepared, return_lse=return_lse)
+        out, lse = torch.empty_like(grouped_out), torch.empty_like(grouped_lse)
+        out[self._rows], lse[self._rows] = grouped_out, grouped_lse
+        return out, lse
+
+    def check_queries(self, q: torch.Tensor, shape: tuple[int, ...]) -> None:
+        """Refuses queries of another shape, dtype or device; raises TensorError."""
         # Callers without type checks pass lists and arrays.
         given: object = q
         if not isinstance(given, torch.Tensor) or given.dtype not in _QUERY_DTYPES:
             seen = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
             raise TensorError(f"q must be a float16, bfloat16, float32 or float64 tensor, not {seen}")
-        wanted = [num_rows, self.num_qo_heads, self.manager.head_dim]
-        if list(given.shape) != wanted:
+        if given.shape != shape:
+            wanted = list(shape)
             raise TensorError(f"q has shape {list(given.shape)} but the plan needs {wanted} (rows, heads, head_dim)")
         if given.device != self.manager.device:
             raise TensorError(f"q is on {given.device} but the cache on {self.manager.device}: move it there first")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from attrs import define
+from attrs import define, evolve
 
 from seqattn.errors import LengthError, PageError, TensorError
 from seqattn.indptr import group_lengths, to_numpy
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from seqattn.cache import PagedKVCacheManager
     from seqattn.pages import PageArray
 
+    Int32Array = npt.NDArray[np.int32]
     Int64Array = npt.NDArray[np.int64]
 
-__all__ = ["BatchPlan", "LevelPlan", "plan_batch"]
+__all__ = ["BatchPlan", "LevelPlan", "Planner", "plan_batch"]
 
 
 @define(slots=True, frozen=True, eq=False)
@@ -36,18 +37,37 @@ class LevelPlan:
     """The groups of one level, on the CPU.
 
     Attributes:
-        qo_indptr: where each group's rows begin, int64 [groups + 1].
-        kv_page_indptr: where each group's pages begin, int64 [groups + 1].
-        kv_page_indices: page numbers, int32 [pages]; a copy, so that the packed tensors may be reused.
-        kv_lens: tokens of each group, int64 [groups].
+        qo_indptr: where each group's rows begin, int32 [groups + 1].
+        kv_page_indptr: where each group's pages begin, int32 [groups + 1].
+        kv_page_indices: page numbers, int32 [pages].
+        kv_last_page_len: tokens in each group's last page, int32 [groups].
+        page_size: token slots of a page.
         causal: rows are the last tokens of their group and see no token after themselves.
+        decodes: each group has one row, and pages.
     """
 
-    qo_indptr: Int64Array
-    kv_page_indptr: Int64Array
+    qo_indptr: Int32Array
+    kv_page_indptr: Int32Array
     kv_page_indices: PageArray
-    kv_lens: Int64Array
+    kv_last_page_len: Int32Array
+    page_size: int
     causal: bool
+    decodes: bool
+
+    @property
+    def row_lens(self) -> Int64Array:
+        """Rows of each group, int64 [groups]; made anew."""
+        return (self.qo_indptr[1:] - self.qo_indptr[:-1]).astype(np.int64)
+
+    @property
+    def page_lens(self) -> Int64Array:
+        """Pages of each group, int64 [groups]; made anew."""
+        return (self.kv_page_indptr[1:] - self.kv_page_indptr[:-1]).astype(np.int64)
+
+    @property
+    def kv_lens(self) -> Int64Array:
+        """Tokens of each group, int64 [groups]; made anew."""
+        return group_lengths(self.kv_page_indptr, self.kv_last_page_len, self.page_size)
 
 
 @define(slots=True, frozen=True, eq=False)
@@ -65,6 +85,71 @@ class BatchPlan:
     rows: Int64Array | None
 
 
+class Planner:
+    """Checks batches against a manager and brings both kinds of data into one form.
+
+    While a batch decodes, only its last level changes. What the levels above were found to be is kept, and the same
+    objects are given out again for a batch that has the same: whoever made something of them need not look at them.
+    """
+
+    def __init__(self, manager: PagedKVCacheManager) -> None:
+        self._manager = manager
+        self._shared: list[tuple[tuple[bytes, ...], LevelPlan]] = []
+        self._rows: tuple[tuple[bytes, ...], Int64Array | None] | None = None
+
+    def plan(
+        self,
+        packed: FlashInferPackedData | FlashInferHybridData,
+        query_lens: Sequence[int] | None,
+        *,
+        causal: bool,
+    ) -> BatchPlan:
+        """A batch as levels; those of the last level are views of its tensors. O(pages).
+
+        Raises:
+            TensorError: `packed` is neither kind.
+            LengthError: query_lens that do not fit, more causal rows than tokens, or broken packed data.
+            PageError: a page that the manager does not have.
+        """
+        # Callers without type checks pass anything.
+        given: object = packed
+        if isinstance(given, FlashInferPackedData):
+            level = _plain_level(given, query_lens)
+            found = _level_plan(self._manager, level, causal=causal, one_each=query_lens is None)
+            return BatchPlan((found,), int(found.qo_indptr[-1]), None)
+        if not isinstance(given, FlashInferHybridData):
+            raise TensorError(f"plan needs FlashInferPackedData or FlashInferHybridData, not {type(given).__name__}")
+        shared = [self._kept(i, level) for i, level in enumerate(given.levels[:-1])]
+        levels = (*(level for _, level in shared), _level_plan(self._manager, given.levels[-1], causal=causal))
+        num_rows = [int(level.qo_indptr[-1]) for level in levels]
+        if len(set(num_rows)) > 1:
+            raise LengthError(f"levels cover {num_rows} rows: each must cover the batch")
+        rows = self._kept_rows(given, levels[-1], query_lens)
+        self._shared = shared
+        return BatchPlan(levels, num_rows[-1], rows)
+
+    def _kept(self, i: int, level: HybridLevel) -> tuple[tuple[bytes, ...], LevelPlan]:
+        """A level above the last: what the same one was found to be, or what it is found to be now."""
+        tensors = (level.qo_indptr, level.kv_page_indptr, level.kv_page_indices, level.kv_last_page_len)
+        key = tuple(to_numpy(tensor).tobytes() for tensor in tensors)
+        is_int32 = all(tensor.dtype == torch.int32 for tensor in tensors)
+        if is_int32 and i < len(self._shared) and self._shared[i][0] == key:
+            return self._shared[i]
+        found = _level_plan(self._manager, level, causal=False)
+        names = ("qo_indptr", "kv_page_indptr", "kv_page_indices", "kv_last_page_len")
+        return key, evolve(found, **{name: getattr(found, name).copy() for name in names})
+
+    def _kept_rows(
+        self, data: FlashInferHybridData, last: LevelPlan, query_lens: Sequence[int] | None
+    ) -> Int64Array | None:
+        key = (to_numpy(data.order).tobytes(), last.qo_indptr.tobytes())
+        if query_lens is None and self._rows is not None and self._rows[0] == key:
+            return self._rows[1]
+        rows = _caller_rows(data, last, query_lens)
+        self._rows = key, rows
+        return rows
+
+
 def plan_batch(
     manager: PagedKVCacheManager,
     packed: FlashInferPackedData | FlashInferHybridData,
@@ -72,37 +157,18 @@ def plan_batch(
     *,
     causal: bool,
 ) -> BatchPlan:
-    """Checks a batch against its manager and brings both kinds of data into one form; O(pages).
-
-    Raises:
-        TensorError: `packed` is neither kind.
-        LengthError: query_lens that do not fit, more causal rows than tokens, or broken packed data.
-        PageError: a page that the manager does not have.
-    """
-    # Callers without type checks pass anything.
-    given: object = packed
-    if isinstance(given, FlashInferPackedData):
-        given.validate(manager.page_size)
-        level = _plain_level(given, query_lens)
-        return BatchPlan((_level_plan(manager, level, causal=causal),), level.num_rows, None)
-    if not isinstance(given, FlashInferHybridData):
-        raise TensorError(f"plan needs FlashInferPackedData or FlashInferHybridData, not {type(given).__name__}")
-    for level in given.levels:
-        level.validate(manager.page_size)
-    shared = [_level_plan(manager, level, causal=False) for level in given.levels[:-1]]
-    levels = (*shared, _level_plan(manager, given.levels[-1], causal=causal))
-    num_rows = [int(level.qo_indptr[-1]) for level in levels]
-    if len(set(num_rows)) > 1:
-        raise LengthError(f"levels cover {num_rows} rows: each must cover the batch")
-    return BatchPlan(levels, num_rows[-1], _caller_rows(given, levels[-1].qo_indptr, query_lens))
+    """A batch as `Planner.plan` sees it that has seen none before."""
+    return Planner(manager).plan(packed, query_lens, causal=causal)
 
 
 def _plain_level(packed: FlashInferPackedData, query_lens: Sequence[int] | None) -> HybridLevel:
-    lens = np.ones(packed.num_sequences, dtype=np.int64)
-    if query_lens is not None:
-        lens = _query_lens(query_lens, packed.num_sequences)
-    qo_indptr = torch.from_numpy(np.concatenate(([0], np.cumsum(lens))).astype(np.int32))
-    return HybridLevel.trusted(qo_indptr, packed.kv_page_indptr, packed.kv_page_indices, packed.kv_last_page_len)
+    if query_lens is None:
+        qo_indptr = np.arange(packed.num_sequences + 1, dtype=np.int32)
+    else:
+        qo_indptr = np.zeros(packed.num_sequences + 1, dtype=np.int32)
+        np.cumsum(_query_lens(query_lens, packed.num_sequences), out=qo_indptr[1:])
+    tensors = (packed.kv_page_indptr, packed.kv_page_indices, packed.kv_last_page_len)
+    return HybridLevel.trusted(torch.from_numpy(qo_indptr), *tensors)
 
 
 def _query_lens(query_lens: Sequence[int], num_sequences: int) -> Int64Array:
@@ -114,11 +180,9 @@ def _query_lens(query_lens: Sequence[int], num_sequences: int) -> Int64Array:
     return array.astype(np.int64, copy=False)
 
 
-def _caller_rows(
-    data: FlashInferHybridData, qo_indptr: Int64Array, query_lens: Sequence[int] | None
-) -> Int64Array | None:
+def _caller_rows(data: FlashInferHybridData, last: LevelPlan, query_lens: Sequence[int] | None) -> Int64Array | None:
     """`BatchPlan.rows` of hybrid data; raises LengthError if the caller's query_lens are not the packed ones."""
-    order, lens = to_numpy(data.order), np.diff(qo_indptr)
+    order, lens = to_numpy(data.order), last.row_lens
     packed_lens = np.empty_like(lens)
     packed_lens[order] = lens
     if query_lens is not None and _query_lens(query_lens, len(lens)).tolist() != packed_lens.tolist():
@@ -126,18 +190,45 @@ def _caller_rows(
     if (order == np.arange(len(order))).all():
         return None
     begins = np.cumsum(packed_lens) - packed_lens
-    rows: Int64Array = np.arange(qo_indptr[-1]) + np.repeat(begins[order] - qo_indptr[:-1], lens)
+    rows: Int64Array = np.arange(last.qo_indptr[-1]) + np.repeat(begins[order] - last.qo_indptr[:-1], lens)
     return rows
 
 
-def _level_plan(manager: PagedKVCacheManager, level: HybridLevel, *, causal: bool) -> LevelPlan:
-    pages = to_numpy(level.kv_page_indices).astype(np.int32)
-    if len(pages) and not pages.max() < manager.num_pages:
+def _level_plan(manager: PagedKVCacheManager, level: HybridLevel, *, causal: bool, one_each: bool = False) -> LevelPlan:
+    """A level after its checks; `one_each` says that its rows are known to be one for each group."""
+    page_size = manager.page_size
+    tensors = (level.qo_indptr, level.kv_page_indptr, level.kv_page_indices, level.kv_last_page_len)
+    if any(tensor.dtype != torch.int32 or tensor.ndim != 1 for tensor in tensors):
+        level.validate(page_size)
+    qo_indptr, indptr, pages, last = (to_numpy(tensor) for tensor in tensors)
+    is_usual = _is_usual(indptr, last, len(pages), page_size)
+    if not (is_usual and (one_each or _is_indptr(qo_indptr, len(last)))):
+        level.validate(page_size)
+    # As an unsigned number a negative one is too large as well.
+    if len(pages) and not pages.view(np.uint32).max() < manager.num_pages:
+        level.validate(page_size)
         raise PageError(f"page {pages.max()} is not in [0, {manager.num_pages}): the batch belongs to another manager")
-    qo_indptr, indptr = (to_numpy(tensor).astype(np.int64) for tensor in (level.qo_indptr, level.kv_page_indptr))
-    kv_lens = group_lengths(indptr, to_numpy(level.kv_last_page_len), manager.page_size)
-    lens = np.diff(qo_indptr)
-    if causal and (lens > kv_lens).any():
-        i = int((lens > kv_lens).argmax())
-        raise LengthError(f"{lens[i]} query rows for {kv_lens[i]} tokens in causal attention: rows are the last tokens")
-    return LevelPlan(qo_indptr, indptr, pages, kv_lens, causal)
+    decodes = is_usual and (one_each or bool((qo_indptr == np.arange(len(qo_indptr))).all()))
+    found = LevelPlan(qo_indptr, indptr, pages, last, page_size, causal, decodes)
+    if causal and not decodes:
+        _check_causal(found.row_lens, found.kv_lens)
+    return found
+
+
+def _check_causal(row_lens: Int64Array, kv_lens: Int64Array) -> None:
+    if (row_lens > kv_lens).any():
+        i = int((row_lens > kv_lens).argmax())
+        raise LengthError(
+            f"{row_lens[i]} query rows for {kv_lens[i]} tokens in causal attention: rows are the last tokens"
+        )
+
+
+def _is_usual(indptr: Int32Array, last: Int32Array, num_pages: int, page_size: int) -> bool:
+    """Whether B1 and B2 hold for the pages, and every group has some."""
+    if not len(last) or len(indptr) != len(last) + 1 or indptr[0] != 0 or indptr[-1] != num_pages:
+        return False
+    return bool((indptr[1:] > indptr[:-1]).all() and last.min() >= 1 and last.max() <= page_size)
+
+
+def _is_indptr(indptr: Int32Array, num_entries: int) -> bool:
+    return len(indptr) == num_entries + 1 and indptr[0] == 0 and bool((indptr[1:] >= indptr[:-1]).all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from attrs import define
@@ -10,72 +10,88 @@ from attrs import define
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from seqattn.attention.bound import BoundRun
     from seqattn.attention.calls import KernelCall, Work
 
-__all__ = ["Prepared"]
+__all__ = ["Form", "Prepared", "Scratch", "scratch_for"]
+
+
+class Form(NamedTuple):
+    """A model's heads and the dtype and device of its queries."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 @define(slots=True, frozen=True, eq=False)
-class Prepared:
-    """A planned step: its calls, what they need on the device, and memory that every layer uses anew.
+class Scratch:
+    """Memory that every layer uses anew.
 
     Attributes:
-        work: the calls.
-        wrappers: one for each call.
-        query_codes, part_indptr, part_codes: int32 on the device, as in `Work`.
+        key: what it was made for.
         gathered: queries that calls read in another order, [queries, num_qo_heads, head_dim].
         part_out, part_lse: results of all calls, [parts, num_qo_heads, head_dim] and [parts, num_qo_heads].
         views: for each call its queries (None for the caller's), its output and its lse, in its own layout.
     """
 
-    work: Work
-    wrappers: list[Any]
-    query_codes: torch.Tensor
-    part_indptr: torch.Tensor
-    part_codes: torch.Tensor
+    key: tuple[object, ...]
     gathered: torch.Tensor
     part_out: torch.Tensor
     part_lse: torch.Tensor
     views: list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]
 
-    @classmethod
-    def of(
-        cls,
-        work: Work,
-        wrappers: list[Any],
-        codes: Sequence[torch.Tensor],
-        form: tuple[int, int, int],
-        dtype: torch.dtype,
-    ) -> Prepared:
-        """A step with its memory.
 
-        Args:
-            work: the calls.
-            wrappers: one for each call, planned.
-            codes: query_codes, part_indptr and part_codes.
-            form: query heads, KV heads, head_dim.
-            dtype: of queries and results.
-        """
-        num_qo_heads, num_kv_heads, head_dim = form
-        query_codes, part_indptr, part_codes = codes
-        num_parts = 0 if work.direct else work.num_parts
-        device = query_codes.device
-        gathered = torch.empty(len(query_codes), num_qo_heads, head_dim, dtype=dtype, device=device)
-        part_out = torch.empty(num_parts, num_qo_heads, head_dim, dtype=dtype, device=device)
-        part_lse = torch.empty(num_parts, num_qo_heads, dtype=torch.float32, device=device)
-        views = []
-        for call in () if work.direct else work.calls:
-            rows = slice(call.first_part, call.first_part + call.num_rows)
-            queries = None
-            if call.first_query is not None:
-                queries = _laid_out(gathered[call.first_query : call.first_query + call.num_rows], call, num_kv_heads)
-            out, lse = (_laid_out(tensor[rows], call, num_kv_heads) for tensor in (part_out, part_lse))
-            views.append((queries, out, lse))
-        return cls(work, wrappers, query_codes, part_indptr, part_codes, gathered, part_out, part_lse, views)
+@define(slots=True, frozen=True, eq=False)
+class Prepared:
+    """A planned step: its calls, and what they need on the device.
+
+    Attributes:
+        work: the calls.
+        runs: for each call how it is run, without and with the log-sum-exp.
+        codes: query_codes, part_indptr and part_codes of the work, int32 on the device; none where `work.direct`.
+        scratch: memory that every layer uses anew.
+        is_fixed: the memory of codes and plans stays in use after the step.
+    """
+
+    work: Work
+    runs: Sequence[tuple[BoundRun, BoundRun]]
+    codes: Sequence[torch.Tensor]
+    scratch: Scratch
+    is_fixed: bool = False
+
+    @property
+    def wrappers(self) -> list[Any]:
+        """The wrapper of each call."""
+        return [run.wrapper for _, run in self.runs]
 
 
-def _laid_out(tensor: torch.Tensor, call: KernelCall, num_kv_heads: int) -> torch.Tensor:
+def scratch_for(work: Work, form: Form, last: Scratch | None) -> Scratch:
+    """The memory of a step: that of an earlier one if it is laid out in the same way."""
+    calls = () if work.direct else work.calls
+    key = (form, len(work.query_codes), *((c.by_group, c.first_query, c.first_part, c.num_rows) for c in calls))
+    if last is not None and last.key == key:
+        return last
+    num_parts = sum(call.num_rows for call in calls)
+    row = (form.num_qo_heads, form.head_dim)
+    gathered = torch.empty(len(work.query_codes), *row, dtype=form.dtype, device=form.device)
+    part_out = torch.empty(num_parts, *row, dtype=form.dtype, device=form.device)
+    part_lse = torch.empty(num_parts, form.num_qo_heads, dtype=torch.float32, device=form.device)
+    views = []
+    for call in calls:
+        rows = slice(call.first_part, call.first_part + call.num_rows)
+        queries = None
+        if call.first_query is not None:
+            queries = _laid_out(gathered[call.first_query : call.first_query + call.num_rows], call, form)
+        out, lse = (_laid_out(tensor[rows], call, form) for tensor in (part_out, part_lse))
+        views.append((queries, out, lse))
+    return Scratch(key, gathered, part_out, part_lse, views)
+
+
+def _laid_out(tensor: torch.Tensor, call: KernelCall, form: Form) -> torch.Tensor:
     """Rows of queries or results as the call's kernel sees them."""
-    if not call.by_group or tensor.shape[1] == num_kv_heads:
+    if not call.by_group or form.num_qo_heads == form.num_kv_heads:
         return tensor
-    return tensor.view(-1, num_kv_heads, *tensor.shape[2:])
+    return tensor.view(-1, form.num_kv_heads, *tensor.shape[2:])

@@ -7,6 +7,9 @@ after an event behind its copies.
     plan 1   set 0   copies ──▶ event
     plan 2   set 1              copies ──▶ event
     plan 3   set 0   waits for its event of plan 1, long past
+
+While a batch decodes, its shared levels stay what they are: a wrapper that is asked for the call it is planned for is
+left alone.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 import torch
 from attrs import define, field
 
+from seqattn.attention.bound import BoundRun
 from seqattn.load import is_short
 
 if TYPE_CHECKING:
@@ -29,22 +33,54 @@ if TYPE_CHECKING:
 
     Int32Array = npt.NDArray[np.int32]
 
-__all__ = ["WrapperSet"]
+__all__ = ["Wrapper", "WrapperSet"]
 
 #: query heads for each KV head at which the decode kernel without tensor cores is no slower
 _SMALL_GROUPS = (1, 2)
 #: bytes that a wrapper has for its schedule, unless it is given more
 _INT_WORKSPACE = 8 << 20
+_LEAST_INT_WORKSPACE = 256 << 10
 _LEAST_FLOAT_WORKSPACE = 32 << 20
+#: what a wrapper calls its arrays, and what a call does
+_BUFFERS = {"kv_indptr": "kv_page_indptr", "kv_indices": "kv_page_indices", "kv_last_page_len": "kv_last_page_len"}
 
 
 @define(slots=True, eq=False)
-class _Wrapper:
-    """One of flashinfer's wrappers, and the sizes of its workspaces in bytes."""
+class Wrapper:
+    """One of flashinfer's wrappers.
+
+    Attributes:
+        made: the wrapper itself.
+        float_size, int_size: bytes of its workspaces.
+        planned: copies of the arrays that it is planned for; None if another plan is not worth comparing.
+        call: that it is planned for.
+        runs: how it is run, without and with the log-sum-exp.
+    """
 
     made: Any
     float_size: int
     int_size: int
+    planned: tuple[Int32Array, ...] | None = None
+    call: KernelCall | None = None
+    runs: tuple[BoundRun, BoundRun] | None = None
+
+    def is_planned_for(self, call: KernelCall) -> bool:
+        """Whether its last plan was for the same groups, pages and lengths."""
+        if self.planned is None or self.call is None or self.call.causal != call.causal:
+            return False
+        if self.call is call:
+            return True
+        return all(np.array_equal(old, new) for old, new in zip(self.planned, _tables(call), strict=True))
+
+    def begin(self) -> None:
+        """To be called before a plan: until `done`, nothing is planned."""
+        self.planned = self.call = self.runs = None
+
+    def done(self, call: KernelCall) -> None:
+        """To be called after a plan. Sequences grow with every step: a call that decodes is not kept."""
+        self.runs = (BoundRun(self.made), BoundRun(self.made))
+        if call.kernel != "decode":
+            self.planned, self.call = tuple(table.copy() for table in _tables(call)), call
 
 
 @define(slots=True, eq=False)
@@ -62,16 +98,17 @@ class WrapperSet:
     num_qo_heads: int
     num_processors: int
     workspaces: dict[int, torch.Tensor]
-    _by_kind: dict[tuple[str, int], list[_Wrapper]] = field(factory=dict)
+    _by_kind: dict[tuple[str, int, bool], list[Wrapper]] = field(factory=dict)
     _pinned: torch.Tensor | None = None
     _copied: torch.cuda.Event | None = None
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Waits until the copies of the set's last use are done; marks the end of those made inside."""
-        if self._copied is not None:
+        if self._copied is None:
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        else:
             self._copied.synchronize()
-        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
@@ -83,7 +120,9 @@ class WrapperSet:
         """Puts arrays in pinned memory: the first on the device too, in one copy, the others on the CPU alone."""
         arrays = [*to_send, *to_keep]
         # Each begins at a multiple of 16 bytes.
-        begins = np.cumsum([0, *(-(-len(array) // 4) * 4 for array in arrays)]).tolist()
+        begins = [0]
+        for array in arrays:
+            begins.append(begins[-1] + -(-len(array) // 4) * 4)
         if self._pinned is None or len(self._pinned) < begins[-1]:
             self._pinned = torch.empty(2 * begins[-1], dtype=torch.int32, pin_memory=self.manager.device.type == "cuda")
         memory = self._pinned.numpy()
@@ -93,57 +132,112 @@ class WrapperSet:
         where = [slice(begin, begin + len(array)) for array, begin in zip(arrays, begins, strict=False)]
         return [sent[part] for part in where[: len(to_send)]], [self._pinned[part] for part in where[len(to_send) :]]
 
-    def sized(self, call: KernelCall, lane: int, nth: int) -> Any:  # noqa: ANN401  flashinfer's, untyped
+    def sized(self, call: KernelCall, lane: int, nth: int) -> Wrapper:
         """The nth wrapper of the call's kind on a stream, with workspaces that are large enough for the call."""
         kind = "short" if self._is_short(call) else call.kernel
-        found = self._by_kind.setdefault((kind, lane), [])
+        found = self._by_kind.setdefault((kind, lane, call.by_group), [])
         float_size, int_size = self._workspace_sizes(call)
-        workspace = self.workspaces.get(lane)
-        if workspace is None or len(workspace) < float_size:
-            workspace = torch.zeros(float_size, dtype=torch.uint8, device=self.manager.device)
-            self.workspaces[lane] = workspace
+        workspace = self.workspace(lane, float_size)
         while len(found) <= nth:
-            found.append(_Wrapper(self._make(kind, workspace), len(workspace), _INT_WORKSPACE))
+            found.append(Wrapper(self._make(kind, workspace), len(workspace), _INT_WORKSPACE))
         wrapper = found[nth]
         if wrapper.float_size < float_size or wrapper.int_size < int_size:
+            wrapper.begin()
             wrapper.float_size, wrapper.int_size = len(workspace), max(int_size, wrapper.int_size)
-            ints = torch.empty(wrapper.int_size, dtype=torch.uint8, device=self.manager.device)
-            wrapper.made.reset_workspace_buffer(workspace, ints)
-        return wrapper.made
+            self._give(wrapper.made, workspace, wrapper.int_size)
+        return wrapper
+
+    def fixed(self, call: KernelCall, lane: int, buffers: dict[str, torch.Tensor]) -> Wrapper:
+        """A new wrapper whose plans go to the same memory, so that a CUDA graph may be replayed after each.
+
+        Args:
+            call: the largest that it is planned for, with as many rows and groups as all others.
+            lane: the stream.
+            buffers: int32 on the device, by the name of the call's array.
+        """
+        float_size, int_size = self._workspace_sizes(call, fixed=True)
+        workspace = self.workspace(lane, float_size)
+        made = self._make(call.kernel, workspace, buffers)
+        self._give(made, workspace, max(int_size, _LEAST_INT_WORKSPACE))
+        return Wrapper(made, len(workspace), int_size)
+
+    def single(self, call: KernelCall, lane: int) -> Wrapper:
+        """A new wrapper for one plan."""
+        float_size, int_size = self._workspace_sizes(call)
+        workspace = self.workspace(lane, float_size)
+        made = self._make(call.kernel, workspace)
+        self._give(made, workspace, max(int_size, _LEAST_INT_WORKSPACE))
+        return Wrapper(made, len(workspace), int_size)
+
+    def options(self, call: KernelCall) -> dict[str, Any]:
+        """Options of the plan of a fixed wrapper that decodes.
+
+        In a graph the kernel always splits lists of pages, and merges, unless it is told not to. Where sequences alone
+        fill the device it would not split them outside of a graph.
+        """
+        most = 2 * self.num_processors // self.manager.num_heads
+        fills = len(call.kv_last_page_len) >= most and not self._is_small_group
+        return {"disable_split_kv": True} if fills else {}
 
     def _is_short(self, call: KernelCall) -> bool:
         tokens = len(call.kv_page_indices) * self.manager.page_size
         heads_each = self.num_qo_heads // self.manager.num_heads
         return call.kernel == "decode" and is_short(heads_each, len(call.qo_indptr) - 1, tokens)
 
-    def _make(self, kernel: str, workspace: torch.Tensor) -> Any:  # noqa: ANN401  as above
+    @property
+    def _is_small_group(self) -> bool:
+        return self.num_qo_heads // self.manager.num_heads in _SMALL_GROUPS
+
+    def workspace(self, lane: int, size: int) -> torch.Tensor:
+        """The memory of a stream for partial results, of at least that many bytes.
+
+        One that is too small is replaced, and stays with the wrappers that have it.
+        """
+        found = self.workspaces.get(lane)
+        if found is None or len(found) < size:
+            found = self.workspaces[lane] = torch.zeros(size, dtype=torch.uint8, device=self.manager.device)
+        return found
+
+    def _give(self, made: Any, workspace: torch.Tensor, int_size: int) -> None:  # noqa: ANN401  flashinfer's, untyped
+        ints = torch.empty(int_size, dtype=torch.uint8, device=self.manager.device)
+        made.reset_workspace_buffer(workspace, ints)
+
+    def _make(self, kernel: str, workspace: torch.Tensor, buffers: dict[str, torch.Tensor] | None = None) -> Any:  # noqa: ANN401  as above
         import flashinfer
 
         layout = self.manager.kv_layout
-        if kernel == "short":
-            return flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, layout)
-        if kernel == "decode":
-            if self.num_qo_heads // self.manager.num_heads in _SMALL_GROUPS:
-                return flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, layout)
-            # What "auto" comes to on every device before Blackwell, without looking for other packages at each plan.
-            return flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                workspace, layout, use_tensor_cores=True, backend="fa2"
-            )
-        return flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, layout, backend=kernel)
+        fixed: dict[str, Any] = {}
+        if buffers is not None:
+            suffix = "buffer" if kernel == "decode" else "buf"
+            fixed = {f"paged_{name}_{suffix}": buffers[array] for name, array in _BUFFERS.items()}
+            fixed |= {"use_cuda_graph": True} | ({} if kernel == "decode" else {"qo_indptr_buf": buffers["qo_indptr"]})
+        if kernel not in ("decode", "short"):
+            return flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, layout, backend=kernel, **fixed)
+        if kernel == "short" or self._is_small_group:
+            return flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, layout, **fixed)
+        # What "auto" comes to on every device before Blackwell, without looking for other packages at each plan.
+        fixed |= {"use_tensor_cores": True, "backend": "fa2"}
+        return flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, layout, **fixed)
 
-    def _workspace_sizes(self, call: KernelCall) -> tuple[int, int]:
+    def _workspace_sizes(self, call: KernelCall, *, fixed: bool = False) -> tuple[int, int]:
         """Bytes that a plan needs at most, for partial results and for the schedule."""
-        rows = np.diff(call.qo_indptr).astype(np.int64)
+        num_rows, num_groups = int(call.qo_indptr[-1]), len(call.kv_last_page_len)
         num_kv_heads = self.manager.num_heads
         if call.kernel == "fa3":  # splits nothing; its schedule has seven numbers for each tile and head
-            num_tiles = int((-(-rows // 128)).sum())
+            num_tiles = num_rows // 128 + num_groups
             num_heads = num_kv_heads if call.by_group else self.num_qo_heads
             return _LEAST_FLOAT_WORKSPACE, 28 * num_tiles * num_heads + 4 * self.num_processors + 4096
-        packed = rows * (self.num_qo_heads // num_kv_heads)
-        mean = int(packed.sum()) // max(len(rows), 1)
-        tile = 16 if mean <= 16 else 64 if mean <= 64 else 128
+        packed = num_rows * (self.num_qo_heads // num_kv_heads)
+        mean = packed // max(num_groups, 1)
+        # In fixed memory the prefill kernel takes the largest tile that any batch of so many rows could need.
+        is_large = fixed and call.kernel == "fa2"
+        tile = 128 if is_large or mean > 64 else 64 if mean > 16 else 16
         # Lists of pages are split for at most two blocks a multiprocessor; each keeps a tile of float32 results.
         most = 2 * self.num_processors // num_kv_heads + 1
-        float_size = self.num_qo_heads * most * tile * (self.manager.head_dim + 1) * 4
-        num_tiles = max(int((-(-packed // tile)).sum()), most)
-        return max(float_size, _LEAST_FLOAT_WORKSPACE), 16 * num_tiles + 8 * (int(rows.sum()) + len(rows)) + 4096
+        num_tiles = max(packed // tile + num_groups, most)
+        float_size = self.num_qo_heads * (num_tiles if fixed else most) * tile * (self.manager.head_dim + 1) * 4
+        return max(float_size, _LEAST_FLOAT_WORKSPACE), 16 * num_tiles + 8 * (num_rows + num_groups) + 4096
+
+
+def _tables(call: KernelCall) -> tuple[Int32Array, ...]:
+    return call.kv_last_page_len, call.kv_page_indptr, call.qo_indptr, call.kv_page_indices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -11,7 +12,9 @@ from seqattn.attention import PagedAttention
 from seqattn.attention.calls import Choice
 from seqattn.attention.plan import plan_batch
 from seqattn.cache import PagedKVCacheManager
+from seqattn.device import Device
 from seqattn.errors import SeqAttnError, TensorError
+from seqattn.packed import FlashInferHybridData, FlashInferPackedData
 from tests.gpu.batches import MOST_ERROR, Case, attend, fill, hybrid, plain, random_batch, relative_error
 from tests.seqattn.truth import Batch, int32
 
@@ -121,8 +124,6 @@ def test_a_plan_that_fails_leaves_the_plan_before() -> None:
 
 
 def test_rows_that_see_nothing_and_sequences_without_rows() -> None:
-    from seqattn.packed import FlashInferPackedData
-
     manager = PagedKVCacheManager(8, 16, 8, 128, torch.bfloat16, "cuda")
     fill(manager, 0)
     attention = PagedAttention(manager, 32)
@@ -151,8 +152,40 @@ def test_queries_of_another_dtype_and_plans_in_a_capture_are_refused() -> None:
         attention.plan(hybrid(batch))
 
 
+@pytest.mark.parametrize("data", [plain, hybrid])
+def test_a_soft_cap_holds_in_every_level(data: Callable[[Batch], FlashInferPackedData | FlashInferHybridData]) -> None:
+    case = Case(32, 8, 128, 16, torch.bfloat16)
+    batch = random_batch(7, 16, most_rows=1)
+    manager = case.manager(batch)
+    fill(manager, 0)
+    q = 4 * torch.randn(len(batch.tables), 32, 128, device="cuda", dtype=torch.bfloat16)
+    attention = PagedAttention(manager, 32, logits_soft_cap=5.0)
+    attention._impl.costs = Device(132, has_fa3=False)  # a kernel less to compile
+    reference = PagedAttention(manager, 32, logits_soft_cap=5.0, backend="torch")
+    found = []
+    for each in (attention, reference):
+        each.plan(data(batch))
+        found.append(each.run(q.to(each.manager.dtype), return_lse=True))
+    assert relative_error(found[0][0], found[1][0].float()) < 1e-2
+    assert relative_error(found[0][1], found[1][1]) < 1e-3
+
+
+def test_a_float8_cache_is_read_by_the_torch_backend() -> None:
+    case = Case(8, 2, 128, 16, torch.float8_e4m3fn)
+    batch = random_batch(8, 16, most_rows=1, most_tokens=300)
+    manager = case.manager(batch)
+    for cache in manager.get_memory_tensors():
+        cache.copy_(torch.randn(cache.shape, device="cuda"))
+    attention = PagedAttention(manager, 8)
+    assert attention.backend == "torch"
+    q = torch.randn(len(batch.tables), 8, 128, device="cuda", dtype=torch.bfloat16)
+    for data in (plain(batch), hybrid(batch)):
+        attention.plan(data)
+        assert relative_error(attention.run(q), attend(manager, batch, q)[0]) < 1e-2
+
+
 def test_a_cache_that_the_kernels_do_not_read_gets_the_torch_backend() -> None:
-    for dtype, head_dim in ((torch.float32, 128), (torch.bfloat16, 80)):
+    for dtype, head_dim in ((torch.float32, 128), (torch.bfloat16, 80), (torch.float8_e4m3fn, 128)):
         manager = PagedKVCacheManager(4, 16, 2, head_dim, dtype, "cuda")
         assert PagedAttention(manager, 2).backend == "torch"
         with pytest.raises(TensorError, match="use backend='torch'"):

@@ -66,13 +66,26 @@ def merged(work: Work, parts: tuple[torch.Tensor, torch.Tensor], row: int) -> tu
     return out, lse
 
 
-def check(plan: BatchPlan, choices: Sequence[Choice], manager: PagedKVCacheManager, batch: Batch, causal: bool) -> None:
-    q = torch.randn(plan.num_rows, NUM_KV_HEADS * HEADS_EACH, HEAD_DIM, generator=torch.Generator().manual_seed(0))
-    work = work_of(plan, choices, HEADS_EACH, batch.page_size)
+def check(
+    plan: BatchPlan,
+    choices: Sequence[Choice],
+    manager: PagedKVCacheManager,
+    batch: Batch,
+    causal: bool,
+    *,
+    work: Work | None = None,
+    larger: Batch | None = None,
+) -> None:
+    """Computes a batch call by call; `work` may be one with rows of padding behind the batch's, as in `larger`."""
+    larger = larger or batch
+    shape = (sum(larger.query_lens), NUM_KV_HEADS * HEADS_EACH, HEAD_DIM)
+    q = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    work = work or work_of(plan, choices, HEADS_EACH, batch.page_size)
     queries = gathered(work, q)
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for call in work.calls:
-        mine = q if call.first_query is None else queries[call.first_query : call.first_query + call.num_rows]
+        first = call.first_query
+        mine = q[: call.num_rows] if first is None else queries[first : first + call.num_rows]
         assert call.first_part == sum(len(out) for out, _ in found)
         found.append(computed(call, mine, manager, batch.page_size))
         assert {getattr(call, name).dtype for name in ("qo_indptr", "kv_page_indptr", "kv_last_page_len")} == {
@@ -80,8 +93,8 @@ def check(plan: BatchPlan, choices: Sequence[Choice], manager: PagedKVCacheManag
         }
     parts = torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found])
     assert len(parts[0]) == work.num_parts
-    expected = dense_attention(manager, batch, q, causal=causal)
-    for row in range(plan.num_rows):
+    expected = dense_attention(manager, larger, q, causal=causal)
+    for row in range(0 if work.direct else plan.num_rows):
         out, lse = merged(work, parts, row)
         assert torch.allclose(out, expected.out[row], atol=1e-5)
         assert torch.allclose(lse, expected.lse[row], atol=1e-5)
@@ -98,7 +111,10 @@ def test_calls_and_codes_are_dense_attention(batch: Batch, causal: bool, data: s
     manager = PagedKVCacheManager(num_pages, batch.page_size, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
     fill(manager, batch, 0)
     plan = plan_of(batch, manager, causal=causal)
-    check(plan, [data.draw(WAYS) for _ in plan.levels], manager, batch, causal)
+    choices = [data.draw(WAYS) for _ in plan.levels]
+    if set(batch.query_lens) == {1} and data.draw(st.booleans()):
+        choices[-1] = Choice("decode")
+    check(plan, choices, manager, batch, causal)
 
 
 def test_the_picture_of_the_calls() -> None:

@@ -1,0 +1,105 @@
+"""A wrapper's `run` without what it does anew at each call.
+
+Between a wrapper's `run` and its kernel lie checks and some fifty arguments, of which only the queries, the layer's
+keys and values and the results change from layer to layer:
+
+    first layer    wrapper.run(q, (keys, values), ...) ──▶ kernel(buffers, plan, q, keys, values, ..., out, lse, ...)
+                                                           noted: the function, its arguments, where the five stand
+    other layers   the same function, the same arguments but for these five
+
+What is noted is found by identity, so the order of arguments, which differs from version to version, does not matter. A
+wrapper that calls its kernel in another way is run as it is, each time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+__all__ = ["BoundRun"]
+
+#: where a wrapper keeps the functions of its compiled kernels
+_MODULE = "_cached_module"
+
+
+class BoundRun:
+    """The runs of a planned wrapper, with results in given memory; valid until the wrapper is planned anew.
+
+    Args:
+        wrapper: planned.
+    """
+
+    __slots__ = ("_arguments", "_function", "_places", "wrapper")
+
+    def __init__(self, wrapper: Any) -> None:  # noqa: ANN401  flashinfer's, untyped
+        self.wrapper = wrapper
+        self._function: Callable[..., object] | None = None
+        self._arguments: list[Any] = []
+        self._places: tuple[int, ...] | None = None
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        """Computes one layer; every call with an `lse`, or every call without."""
+        if self._function is None:
+            self._first(q, caches, out, lse)
+            return
+        arguments = self._arguments.copy()
+        assert self._places is not None
+        for place, value in zip(self._places, (q, *caches, out, lse), strict=False):
+            arguments[place] = value
+        self._function(*arguments)
+
+    def _first(self, q: torch.Tensor, caches: Any, out: torch.Tensor, lse: torch.Tensor | None) -> None:  # noqa: ANN401  as in __call__
+        """Runs the wrapper and notes what it calls, unless an earlier run showed that this is of no use."""
+        module = getattr(self.wrapper, _MODULE, None)
+        recorder = _Recorder(module)
+        if module is not None and self._places is None:
+            setattr(self.wrapper, _MODULE, recorder)
+        try:
+            options = {} if lse is None else {"lse": lse, "return_lse": True}
+            self.wrapper.run(q, caches, out=out, **options)
+        finally:
+            if module is not None:
+                setattr(self.wrapper, _MODULE, module)
+        self._places = ()
+        if len(recorder.calls) == 1:
+            self._note(*recorder.calls[0], (q, *caches, out) if lse is None else (q, *caches, out, lse))
+
+    def _note(self, function: Callable[..., object], arguments: tuple[Any, ...], changing: tuple[Any, ...]) -> None:
+        """Keeps a call if each of the changing tensors stands in one place of it."""
+        places = [[i for i, argument in enumerate(arguments) if argument is tensor] for tensor in changing]
+        if all(len(found) == 1 for found in places):
+            self._function, self._arguments = function, list(arguments)
+            self._places = tuple(found[0] for found in places)
+            for place in self._places:
+                self._arguments[place] = None
+
+
+class _Recorder:
+    """Stands for a module, and notes the calls of its functions by position; those by name cannot be repeated so."""
+
+    def __init__(self, module: Any) -> None:  # noqa: ANN401  flashinfer's, untyped
+        self._module = module
+        self.calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  as above
+        found = getattr(self._module, name)
+        if not callable(found):
+            return found
+
+        def noted(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401  as above
+            self.calls.append((found, arguments))
+            if named:
+                self.calls.append((found, arguments))  # more than one call is of no use
+            return found(*arguments, **named)
+
+        return noted

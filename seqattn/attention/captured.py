@@ -1,0 +1,179 @@
+"""A decode step as a CUDA graph: memory that stays in place, and what is written to it before each replay.
+
+    new step ──▶ pinned memory ──▶ device: pages, offsets, codes, schedules, inputs ──▶ replay ──▶ outputs
+                 written when the copies of the step before are done
+
+A replay launches what was captured, on the same memory. flashinfer's wrappers have a mode for this: their plans keep
+the number of blocks and every place in memory, and say in memory which blocks have work.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from seqattn.attention.fixed import padded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy.typing as npt
+
+    from seqattn.attention.calls import KernelCall, Work
+    from seqattn.attention.fixed import StepForm
+    from seqattn.attention.flashinfer_backend import FlashInferBackend
+    from seqattn.attention.prepared import Prepared
+    from seqattn.attention.wrappers import Wrapper
+
+__all__ = ["CapturedStep"]
+
+_NAMES = ("qo_indptr", "kv_page_indptr", "kv_page_indices", "kv_last_page_len")
+
+
+class _Block:
+    """Named int32 arrays in pinned memory and on the device, each at a multiple of 16 bytes."""
+
+    def __init__(self, sizes: dict[str, int], device: torch.device) -> None:
+        rounded = [-(-size // 4) * 4 for size in sizes.values()]
+        begins = np.cumsum([0, *rounded]).tolist()
+        self._host = torch.zeros(begins[-1], dtype=torch.int32, pin_memory=True)
+        self._device = torch.zeros(begins[-1], dtype=torch.int32, device=device)
+        where = {name: slice(b, b + sizes[name]) for name, b in zip(sizes, begins, strict=False)}
+        self.host = {name: self._host[part] for name, part in where.items()}
+        self.device = {name: self._device[part] for name, part in where.items()}
+
+    def write(self, name: str, values: npt.NDArray[np.int32]) -> torch.Tensor:
+        """Writes the beginning of an array in pinned memory; returns it."""
+        target = self.host[name][: len(values)]
+        target.numpy()[:] = values
+        return target
+
+    def send(self) -> None:
+        """Copies all arrays to the device."""
+        self._device.copy_(self._host, non_blocking=True)
+
+
+class CapturedStep:
+    """A graph of one form; makes and plans all that it needs.
+
+    Args:
+        backend: computes the attention.
+        form: of the steps to come.
+        inputs: like those of every step, but for their number of rows.
+    """
+
+    def __init__(self, backend: FlashInferBackend, form: StepForm, inputs: Sequence[torch.Tensor]) -> None:
+        self.form = form
+        self._backend = backend
+        device = backend.device
+        self._inputs = [torch.zeros(form.num_rows, *x.shape[1:], dtype=x.dtype, device=device) for x in inputs]
+        sizes = {"places": 2 * form.num_rows, "part_indptr": form.num_rows + 1}
+        sizes["query_codes"] = sum(call.num_rows for call in form.calls if call.gathered)
+        sizes["part_codes"] = sum(call.num_rows for call in form.calls)
+        self._codes = _Block(sizes, device)
+        self._blocks: list[_Block] = []
+        self._wrappers: list[Wrapper] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._outputs: Any = None
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._prepared: Prepared | None = None
+
+    def capture(
+        self,
+        model: Callable[[CapturedStep, list[torch.Tensor]], Any],
+        pool: Any,  # noqa: ANN401  torch names no type
+        work: Work,
+        places: npt.NDArray[np.int32],
+        inputs: Sequence[torch.Tensor],
+    ) -> None:
+        """Runs the model on a step once to warm it up, and once more to record its launches; replays nothing.
+
+        Args:
+            model: called with this and the inputs in fixed memory.
+            pool: memory that graphs share.
+            work: the step's calls.
+            places: int32 [2, rows], as in `Launcher.append_rows`.
+            inputs: of the step.
+        """
+        self._write(work, places, inputs)
+        stream = torch.cuda.Stream(self._backend.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._backend.device))
+        with torch.no_grad(), torch.cuda.device(self._backend.device):
+            with torch.cuda.stream(stream):
+                model(self, self._inputs)
+            torch.cuda.current_stream(self._backend.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._outputs = model(self, self._inputs)
+        self._graph = graph
+
+    def replay(self, work: Work, places: npt.NDArray[np.int32], inputs: Sequence[torch.Tensor]) -> Any:  # noqa: ANN401  the model's
+        """Computes a step of the form; returns the model's outputs, padding included."""
+        assert self._graph is not None
+        self._write(work, places, inputs)
+        self._graph.replay()
+        return self._outputs
+
+    def attend(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+        """Attention of the step in one layer, [form.num_rows, num_qo_heads, head_dim]; to be captured."""
+        assert self._prepared is not None
+        return self._backend.run(q, layer, self._prepared, return_lse=False)[0]
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Where new tokens go, int32 [2, form.num_rows] on the device; page -1 for padding."""
+        return self._codes.device["places"].view(2, -1)
+
+    def _write(self, work: Work, places: npt.NDArray[np.int32], inputs: Sequence[torch.Tensor]) -> None:
+        """Brings a step into the fixed memory; waits until the copies of the step before are done."""
+        work = padded(work, self.form, self._backend.heads_each)
+        with torch.cuda.device(self._backend.device):
+            self._copied.synchronize()
+            try:
+                self._write_tables(work, places)
+            finally:
+                self._copied.record()
+            for fixed, given in zip(self._inputs, inputs, strict=True):
+                fixed[: len(given)].copy_(given, non_blocking=True)
+
+    def _write_tables(self, work: Work, places: npt.NDArray[np.int32]) -> None:
+        filled = np.full((2, self.form.num_rows), -1, dtype=np.int32)
+        filled[:, : places.shape[1]] = places
+        self._codes.write("places", filled.ravel())
+        if not self.form.direct:
+            for name in ("query_codes", "part_indptr", "part_codes"):
+                self._codes.write(name, getattr(work, name))
+        self._codes.send()
+        if not self._wrappers:
+            self._make(work)
+        for call, form, wrapper, block in zip(work.calls, self.form.calls, self._wrappers, self._blocks, strict=True):
+            if not form.tables and not wrapper.is_planned_for(call):
+                self._plan(call, wrapper, block)
+        if self._prepared is None:
+            codes = [self._codes.device[name] for name in ("query_codes", "part_indptr", "part_codes")]
+            self._prepared = self._backend.prepared(work, self._wrappers, codes, is_fixed=True)
+
+    def _make(self, work: Work) -> None:
+        """A wrapper for each call; those of calls that never change are planned here."""
+        wrappers = self._backend.sets[0]
+        for i, (call, form) in enumerate(zip(work.calls, self.form.calls, strict=True)):
+            sizes = (form.num_groups + 1, form.num_groups + 1, form.num_pages, form.num_groups)
+            block = _Block(dict(zip(_NAMES, sizes, strict=True)), self._backend.device)
+            lane = work.lane(i)
+            if form.tables:
+                self._wrappers.append(wrappers.single(call, lane))
+                self._plan(call, self._wrappers[-1], block)
+            else:
+                self._wrappers.append(wrappers.fixed(call, lane, block.device))
+            self._blocks.append(block)
+
+    def _plan(self, call: KernelCall, wrapper: Wrapper, block: _Block) -> None:
+        """Sends a call's arrays; the pages here, the others by the wrapper's plan."""
+        tables = [block.write(name, getattr(call, name)) for name in _NAMES]
+        pages = block.device["kv_page_indices"][: len(call.kv_page_indices)]
+        pages.copy_(tables[2], non_blocking=True)
+        wrapper.begin()
+        options = self._backend.sets[0].options(call) if call.kernel == "decode" else {}
+        self._backend.plan_call(wrapper, call, (tables[0], tables[1], pages, tables[3]), **options)

@@ -1,0 +1,157 @@
+"""A step's calls padded to sizes that stay the same, so that a CUDA graph can be replayed for later steps; numpy only.
+
+A graph has fixed its launches and their memory: how many rows each call has, how many groups, how many parts. A step is
+padded to the sizes of a form, and steps of one form can use one graph:
+
+    form    8 rows   fa3: 16 rows of 4 groups, any pages   decode: 8 rows of 8 groups, any pages
+    step    5 rows, one shared prefix in 2 slices
+    fa3     groups of 5 5 | 6 0 rows     2 real, then 1 with the rows that are left, reading one token of page 0
+    decode  groups of 1 1 1 1 1 | 1 1 1  likewise
+    merge   row 0: parts 0 5 16 ... row 4: parts 4 9 20, rows 5 to 7: none
+
+What padding computes is merged into no row. fa2 chooses its tiles by the rows of the groups, but by the most that they
+could have where sizes stay the same: with small groups that is several times slower. There it is planned once, for its
+groups and pages as they are, and these belong to the form: another prefix makes another form.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from attrs import define, evolve
+
+from seqattn.attention.calls import KernelCall, Work
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Int32Array = npt.NDArray[np.int32]
+
+__all__ = ["CallForm", "Sizes", "StepForm", "form_of", "nothing", "padded"]
+
+#: fa2 takes its largest tiles for groups with more rows than this, times the query heads of a KV head
+_MOST_SMALL_ROWS = 64
+
+
+@define(slots=True, frozen=True)
+class Sizes:
+    """What forms depend on beside the batch.
+
+    Attributes:
+        heads_each: query heads that share a KV head.
+        num_pages: pages of the cache.
+        pages_each: the most pages of a sequence.
+    """
+
+    heads_each: int
+    num_pages: int
+    pages_each: int
+
+
+@define(slots=True, frozen=True)
+class CallForm:
+    """What stays the same in a call.
+
+    Attributes:
+        kernel, by_group: as in `KernelCall`.
+        gathered: it reads gathered queries.
+        num_rows, num_groups: of every step.
+        num_pages: the most of a step.
+        tables: the bytes of its arrays, if it is planned once; empty otherwise.
+    """
+
+    kernel: Literal["decode", "fa2", "fa3"]
+    by_group: bool
+    gathered: bool
+    num_rows: int
+    num_groups: int
+    num_pages: int
+    tables: bytes = b""
+
+
+@define(slots=True, frozen=True)
+class StepForm:
+    """What stays the same in a step.
+
+    Attributes:
+        num_rows: sequences, padding included.
+        calls: coarsest level first.
+        direct: as in `Work`.
+    """
+
+    num_rows: int
+    calls: tuple[CallForm, ...]
+    direct: bool
+
+
+def form_of(work: Work, num_rows: int, sizes: Sizes) -> StepForm | None:
+    """The form of a decoding step padded to `num_rows` sequences; None if it fits none. O(pages of small groups)."""
+    calls = tuple(_call_form(call, num_rows, sizes) for call in work.calls)
+    for call, form in zip(work.calls, calls, strict=True):
+        if len(call.kv_page_indices) + form.num_groups > form.num_pages and not form.tables:
+            return None
+    if not calls or calls[-1].kernel != "decode" or calls[-1].gathered:
+        return None
+    return StepForm(num_rows, calls, work.direct)
+
+
+def _call_form(call: KernelCall, num_rows: int, sizes: Sizes) -> CallForm:
+    gathered, num_groups = call.first_query is not None, len(call.kv_last_page_len)
+    if call.kernel == "decode":
+        return CallForm("decode", False, gathered, num_rows, num_rows, num_rows * (sizes.pages_each + 1))  # noqa: FBT003  by_group
+    if call.kernel == "fa2" and call.num_rows * sizes.heads_each <= _MOST_SMALL_ROWS * num_groups:
+        tables = (call.qo_indptr, call.kv_page_indptr, call.kv_page_indices, call.kv_last_page_len)
+        found = b"".join(table.tobytes() for table in tables)
+        return CallForm("fa2", False, gathered, call.num_rows, num_groups, len(call.kv_page_indices), found)  # noqa: FBT003  as above
+    rows = num_rows * -(-call.num_rows // num_rows)
+    groups = 1 << num_groups.bit_length()  # above the groups that there are: at least one is padding
+    return CallForm(call.kernel, call.by_group, gathered, rows, groups, sizes.num_pages + groups)
+
+
+def padded(work: Work, form: StepForm, heads_each: int) -> Work:
+    """The step in the sizes of its form; parts that belong to no row are left unmerged. O(pages)."""
+    calls, num_parts, num_queries = [], 0, 0
+    part_codes, codes = work.part_codes.copy(), []
+    for call, size in zip(work.calls, form.calls, strict=True):
+        part = (work.part_codes >> 1) - call.first_part
+        mine = (part >= 0) & (part < call.num_rows)
+        part_codes[mine] += 2 * (num_parts - call.first_part)
+        if call.first_query is not None:
+            codes.append(work.query_codes[call.first_query : call.first_query + call.num_rows])
+            codes.append(np.zeros(size.num_rows - call.num_rows, dtype=np.int32))
+        filled = call if size.tables else _filled(call, size, heads_each if size.by_group else 1)
+        first_query = num_queries if size.gathered else None
+        calls.append(evolve(filled, first_query=first_query, first_part=num_parts, num_rows=size.num_rows))
+        num_parts, num_queries = num_parts + size.num_rows, num_queries + size.num_rows * size.gathered
+    if form.direct:
+        return evolve(work, calls=tuple(calls), num_parts=num_parts)
+    end = np.full(form.num_rows + 1 - len(work.part_indptr), work.part_indptr[-1], dtype=np.int32)
+    query_codes = np.concatenate([work.query_codes[:0], *codes])
+    return Work(tuple(calls), query_codes, np.concatenate([work.part_indptr, end]), part_codes, num_parts, direct=False)
+
+
+def _filled(call: KernelCall, size: CallForm, rows_each: int) -> KernelCall:
+    """The call with groups of padding, each over one token of page 0; `rows_each` rows for a query row."""
+    missing = size.num_groups - len(call.kv_last_page_len)
+    if call.kernel == "decode":
+        more_rows = call.qo_indptr[-1] + np.arange(1, missing + 1)
+    else:
+        more_rows = np.full(missing, size.num_rows * rows_each)
+    more_pages = call.kv_page_indptr[-1] + np.arange(1, missing + 1)
+    return evolve(
+        call,
+        qo_indptr=np.concatenate([call.qo_indptr, more_rows]).astype(np.int32),
+        kv_page_indptr=np.concatenate([call.kv_page_indptr, more_pages]).astype(np.int32),
+        kv_page_indices=np.concatenate([call.kv_page_indices, np.zeros(missing, dtype=np.int32)]),
+        kv_last_page_len=np.concatenate([call.kv_last_page_len, np.ones(missing, dtype=np.int32)]),
+    )
+
+
+def nothing() -> Work:
+    """A decoding step without sequences: padded, all of it is padding."""
+    none, zero = np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int32)
+    call = KernelCall(
+        "decode", zero, zero, none, none, causal=True, by_group=False, first_query=None, first_part=0, num_rows=0
+    )
+    return Work((call,), none, none, none, 0, direct=True)

@@ -1,0 +1,245 @@
+"""Decoding with CUDA graphs: a model's step is captured once for each batch size, and replayed for the steps to come.
+
+    def model(step: DecodeStep, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden = embed(tokens)
+        for layer in range(num_layers):
+            q, k, v = ...                                     # [step.num_rows, heads, head_dim]
+            step.append_kv(k, v, layer=layer)
+            hidden = ... step.run(q, layer=layer) ...
+        return logits
+
+    graphs = DecodeGraphs(attention, model, [1, 8, 64, 256], max_tokens=32768)
+    while running:
+        descriptor.allocate_decoding(ids)                     # one more token each
+        data = descriptor.pack_hybrid_for_flashinfer(ids, cost_model=attention.cost_model)
+        logits = graphs.replay(data, tokens, positions)       # or plain data
+
+A batch is padded to the next batch size. What else a graph fixes, the kernels of hybrid levels and their sizes,
+`seqattn.attention.fixed` says; a step for which there is no graph yet is computed without one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+import torch
+
+from seqattn.attention.fixed import Sizes, form_of, nothing
+from seqattn.attention.plan import Planner
+from seqattn.attention.step import DecodeStep, launcher_for
+from seqattn.counts import positive
+from seqattn.errors import BadValueError, LengthError, PageError, TensorError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy.typing as npt
+
+    from seqattn.attention.calls import Work
+    from seqattn.attention.captured import CapturedStep
+    from seqattn.attention.fixed import StepForm
+    from seqattn.attention.front import PagedAttention
+    from seqattn.attention.plan import BatchPlan
+    from seqattn.cache import PagedKVCacheManager
+    from seqattn.packed import FlashInferHybridData, FlashInferPackedData
+
+    Int32Array = npt.NDArray[np.int32]
+
+__all__ = ["DecodeGraphs"]
+
+Out = TypeVar("Out")
+
+
+class DecodeGraphs(Generic[Out]):
+    """CUDA graphs of a model's decode step; drawn at the top of this file.
+
+    The model is called as `model(step, *inputs)`, with inputs padded to the batch size, and returns a tensor or a tuple
+    of tensors with a row for each sequence. It is called twice for each graph that is captured, and must do the same
+    each time: launches only, no wait for the device, no look at values. Where no graph fits, it is called as it is.
+
+    Args:
+        attention: its backend captures if it is "flashinfer"; with "torch" every step is computed without a graph.
+        model: a decode step.
+        batch_sizes: to which batches are padded; larger batches are computed without a graph.
+        max_tokens: of a sequence. Each graph has memory for the page numbers of a batch of such sequences; a step that
+            needs more is computed without a graph.
+        capture_after: steps of the same form that are seen before it is captured. Capturing takes the time of some
+            steps, so that a form that passes is not worth it.
+        max_graphs: the least recently used ones beyond are dropped.
+
+    Attributes:
+        num_captures, num_replays, num_eager: graphs captured, steps replayed, steps computed without a graph.
+
+    Raises:
+        BadValueError: no batch size, or a number below 1.
+    """
+
+    def __init__(
+        self,
+        attention: PagedAttention,
+        model: Callable[..., Out],
+        batch_sizes: Sequence[int],
+        *,
+        max_tokens: int,
+        capture_after: int = 2,
+        max_graphs: int = 32,
+    ) -> None:
+        self.attention = attention
+        self.model = model
+        self.batch_sizes = sorted({positive("batch_sizes", size) for size in batch_sizes})
+        if not self.batch_sizes:
+            raise BadValueError("batch_sizes is empty: name at least one")
+        self._capture_after = positive("capture_after", capture_after)
+        self._max_graphs = positive("max_graphs", max_graphs)
+        manager = attention.manager
+        pages_each = -(-positive("max_tokens", max_tokens) // manager.page_size)
+        self._sizes = Sizes(attention.num_qo_heads // manager.num_heads, manager.num_pages, pages_each)
+        self._steps: OrderedDict[Any, CapturedStep] = OrderedDict()
+        self._seen: OrderedDict[Any, int] = OrderedDict()
+        self._backend: Any = attention._impl if attention.backend == "flashinfer" else None
+        self._launcher = launcher_for(manager)
+        self._planner = Planner(manager)
+        self._pool: Any = None
+        self.num_captures = self.num_replays = self.num_eager = 0
+
+    def capture(self, *inputs: torch.Tensor) -> None:
+        """Captures the graph of plain batches for every batch size, largest first: at the start, not in a first step.
+
+        Args:
+            inputs: like those of `replay`, with any number of rows; their values are not used. The model sees zeros.
+        """
+        if self._backend is None:
+            return
+        work, places = nothing(), np.zeros((2, 0), dtype=np.int32)
+        for num_rows in reversed(self.batch_sizes):
+            form = form_of(work, num_rows, self._sizes)
+            if form is not None and _key(form, inputs) not in self._steps:
+                self._captured(form, work, places, [x[:0] for x in inputs])
+
+    def replay(self, data: FlashInferPackedData | FlashInferHybridData, *inputs: torch.Tensor) -> Out:
+        """Computes a decode step: each sequence's last token is new, its page table and length include it.
+
+        Args:
+            data: the batch, plain or hybrid, packed for one query row each; on the CPU.
+            inputs: of the model, on the cache's device, with a row for each sequence in the order in which the batch
+                was packed.
+
+        Returns:
+            What the model returns, without padding. It lies in memory of the graph: valid until the next call.
+
+        Raises:
+            TensorError: `data` is of another type, or an input has not one row for each sequence.
+            LengthError: a sequence has other than one query row, or broken packed data.
+            PageError: a page that is free or not the manager's, or that two sequences would write.
+            SharedPageError: the page of a new token has more than one reference.
+
+        Nothing is written if any of these is raised. Cost on the CPU: that of `PagedAttention.plan`; waits for the
+        copies of the step before, not for its kernels.
+        """
+        manager = self.attention.manager
+        plan = self._planner.plan(data, None, causal=True)
+        if plan.num_rows and not plan.levels[-1].decodes:
+            raise LengthError("a decode step has one query row for each sequence: pack it with query_lens=None")
+        for tensor in inputs:
+            if not isinstance(tensor, torch.Tensor) or len(tensor) != plan.num_rows:
+                seen = len(tensor) if isinstance(tensor, torch.Tensor) else tensor
+                raise TensorError(f"each input must be a tensor of {plan.num_rows} rows, one a sequence, not {seen!r}")
+        places = _new_places(plan)
+        _check_places(manager, places[0])
+        found = self._fitting(plan, places, inputs)
+        if found is None:
+            self.num_eager += 1
+            return self._eager(data, places, inputs)
+        self.num_replays += 1
+        step, work = found
+        outputs: Out = _first_rows(step.replay(work, places, inputs), plan.num_rows)
+        return outputs
+
+    def _fitting(
+        self, plan: BatchPlan, places: Int32Array, inputs: Sequence[torch.Tensor]
+    ) -> tuple[CapturedStep, Work] | None:
+        """The graph for a step, captured if its form was seen often enough; None if there is none."""
+        num_rows = next((size for size in self.batch_sizes if size >= plan.num_rows), None)
+        if self._backend is None or num_rows is None or not plan.num_rows:
+            return None
+        work = self._backend.work(plan)
+        form = form_of(work, num_rows, self._sizes)
+        if form is None:
+            return None
+        key = _key(form, inputs)
+        step = self._steps.get(key)
+        if step is None:
+            seen = self._seen[key] = self._seen.pop(key, 0) + 1
+            if len(self._seen) > self._max_graphs:
+                self._seen.popitem(last=False)
+            if seen < self._capture_after:
+                return None
+            step = self._captured(form, work, places, inputs)
+        self._steps.move_to_end(key)
+        return step, work
+
+    def _captured(self, form: StepForm, work: Work, places: Int32Array, inputs: Sequence[torch.Tensor]) -> CapturedStep:
+        from seqattn.attention.captured import CapturedStep
+
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        step = CapturedStep(self._backend, form, inputs)
+        step.capture(self._run_captured, self._pool, work, places, inputs)
+        key = _key(form, inputs)
+        self._steps[key] = step
+        self._seen.pop(key, None)
+        self.num_captures += 1
+        if len(self._steps) > self._max_graphs:
+            self._steps.popitem(last=False)
+        return step
+
+    def _run_captured(self, step: CapturedStep, inputs: Sequence[torch.Tensor]) -> Out:
+        shape = (step.form.num_rows, self.attention.num_qo_heads, self.attention.manager.head_dim)
+
+        def attend(q: torch.Tensor, layer: int) -> torch.Tensor:
+            self.attention.check_queries(q, shape)
+            return step.attend(q, layer)
+
+        return self.model(DecodeStep(self.attention.manager, step.places, attend, self._launcher), *inputs)
+
+    def _eager(
+        self, data: FlashInferPackedData | FlashInferHybridData, places: Int32Array, inputs: Sequence[torch.Tensor]
+    ) -> Out:
+        self.attention.plan(data)
+        manager, sent = self.attention.manager, torch.from_numpy(places).to(self.attention.manager.device)
+        step = DecodeStep(manager, sent, lambda q, layer: self.attention.run(q, layer=layer), self._launcher)
+        with torch.no_grad():
+            return self.model(step, *inputs)
+
+
+def _key(form: StepForm, inputs: Sequence[torch.Tensor]) -> tuple[object, ...]:
+    return (form, *((x.shape[1:], x.dtype) for x in inputs))
+
+
+def _new_places(plan: BatchPlan) -> Int32Array:
+    """Page and slot of each sequence's last token, int32 [2, rows], in the caller's order."""
+    level = plan.levels[-1]
+    places = np.empty((2, plan.num_rows), dtype=np.int32)
+    rows = slice(None) if plan.rows is None else plan.rows
+    places[0, rows] = level.kv_page_indices[level.kv_page_indptr[1:] - 1]
+    places[1, rows] = level.kv_last_page_len - 1
+    return places
+
+
+def _check_places(manager: PagedKVCacheManager, pages: Int32Array) -> None:
+    """Refuses pages that may not be written, or that two sequences would write."""
+    manager.check_writable(pages)
+    found, times = np.unique(pages, return_counts=True)
+    if len(found) < len(pages):
+        raise PageError(f"page {found[times.argmax()]} would be written for {times.max()} sequences of the batch")
+
+
+def _first_rows(outputs: Any, num_rows: int) -> Any:  # noqa: ANN401  the model's
+    """The rows of the sequences that there are."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs[:num_rows]
+    if isinstance(outputs, (tuple, list)):
+        return type(outputs)(_first_rows(output, num_rows) for output in outputs)
+    raise TensorError(f"the model must return a tensor or a tuple of tensors, not {type(outputs).__name__}")

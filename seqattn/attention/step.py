@@ -1,0 +1,84 @@
+"""What a model calls in each layer of a decode step, in a CUDA graph or without."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from seqattn.append import check_rows, write_places
+from seqattn.errors import LengthError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from seqattn.cache import PagedKVCacheManager
+    from seqattn.kernels import Launcher
+
+__all__ = ["DecodeStep", "launcher_for"]
+
+
+class DecodeStep:
+    """What a model computes one decode step with: it writes each layer's new keys and values, and attends.
+
+    Attributes:
+        num_rows: sequences of the step, padding included.
+    """
+
+    def __init__(
+        self,
+        manager: PagedKVCacheManager,
+        places: torch.Tensor,
+        attend: Callable[[torch.Tensor, int], torch.Tensor],
+        launcher: Launcher | None,
+    ) -> None:
+        self.num_rows = places.shape[1]
+        self._manager = manager
+        self._places = places
+        self._attend = attend
+        self._launcher = launcher
+
+    def append_kv(self, keys: torch.Tensor, values: torch.Tensor, *, layer: int = 0) -> None:
+        """Writes the new token of each sequence, its last; rows of padding are not written.
+
+        Args:
+            keys: [num_rows, num_heads, head_dim] of the cache's dtype, on its device.
+            values: likewise.
+            layer: the layer to write.
+
+        Raises:
+            TensorError: a wrong dtype, shape or device.
+            LengthError: `layer` is out of range, or not `num_rows` rows.
+        """
+        for name, rows in (("keys", keys), ("values", values)):
+            check_rows(name, rows, self._manager.key_cache, self._manager.num_heads)
+            if len(rows) != self.num_rows:
+                raise LengthError(f"{len(rows)} {name} for {self.num_rows} sequences (padding included)")
+        caches = self._manager.layer_tensors(layer)
+        write_places((keys, values), self._places, caches, self._manager.kv_layout, self._launcher)
+
+    def run(self, q: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
+        """Attention of each sequence's new token over all its tokens.
+
+        Args:
+            q: [num_rows, num_qo_heads, head_dim] of the cache's dtype, on its device.
+            layer: the layer of the cache to read.
+
+        Returns:
+            The output, like `q`; rows of padding hold anything.
+
+        Raises:
+            TensorError: `q` has a wrong shape, dtype or device.
+            LengthError: `layer` is out of range.
+        """
+        return self._attend(q, layer)
+
+
+def launcher_for(manager: PagedKVCacheManager) -> Launcher | None:
+    """Of the kernels that write the manager's memory; None where torch does that."""
+    if manager.device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from seqattn.kernels import Launcher
+
+    return Launcher()

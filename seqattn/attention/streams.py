@@ -1,0 +1,57 @@
+"""Calls of one step at the same time, on three CUDA streams.
+
+first     ── call 0 ─────────────┐            goes before the others
+between   ── calls 1, 2 … ───────┤            then these
+caller's  ── the last call ──────┴─▶ goes on when all are done
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["Streams"]
+
+
+class Streams:
+    """The streams beside the caller's on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sides = [torch.cuda.Stream(device, priority=priority) for priority in (-2, -1)]  # type: ignore[no-untyped-call]
+        self._pause = torch.zeros(1, device=device)
+        self._events = tuple(torch.cuda.Event() for _ in range(4))  # type: ignore[no-untyped-call]
+
+    def run(self, num_calls: int, call: Callable[[int], None], *, pause: bool) -> None:
+        """Makes calls 0 to `num_calls - 1`, at least two, each on its stream; the caller's stream waits for all.
+
+        Args:
+            num_calls: how many.
+            call: makes one on the current stream.
+            pause: the last call begins a little later, so that the blocks of the first get their multiprocessors.
+        """
+        main, last = torch.cuda.current_stream(self._device), num_calls - 1
+        (first, between), (begun, later, first_done, between_done) = self._sides, self._events
+        begun.record(main)
+        if pause:
+            self._pause.zero_()
+        if last > 1:
+            later.record(main)
+        try:
+            first.wait_event(begun)
+            torch.cuda.set_stream(first)
+            call(0)
+            if last > 1:
+                between.wait_event(later)
+                torch.cuda.set_stream(between)
+                for i in range(1, last):
+                    call(i)
+        finally:
+            torch.cuda.set_stream(main)
+        call(last)
+        first_done.record(first)
+        main.wait_event(first_done)
+        if last > 1:
+            between_done.record(between)
+            main.wait_event(between_done)

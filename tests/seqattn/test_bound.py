@@ -1,0 +1,97 @@
+"""A wrapper's bound run: the same kernel with the same arguments, whatever a version of flashinfer passes along."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from seqattn.attention.bound import BoundRun
+
+
+class Wrapper:
+    """Passes on to a kernel what a wrapper of flashinfer does: buffers, a plan, five tensors, more."""
+
+    def __init__(self, *, by_name: bool = False, twice: bool = False, copies: bool = False) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.num_runs = 0
+        self.how = (by_name, twice, copies)
+        self._cached_module: Any = SimpleNamespace(run=self.kernel, scale=2)
+
+    def kernel(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401  anything
+        self.calls.append((*arguments, *named.values()))
+        arguments[5].fill_(float(arguments[1].sum()))
+
+    def run(
+        self,
+        q: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        *,
+        out: torch.Tensor,
+        lse: torch.Tensor | None = None,
+        return_lse: bool = False,
+    ) -> None:
+        self.num_runs += 1
+        by_name, twice, copies = self.how
+        assert return_lse == (lse is not None)
+        q = q.clone() if copies else q
+        named = {"scale": self._cached_module.scale} if by_name else {}
+        for _ in range(1 + twice):
+            self._cached_module.run("plan", q, *caches, 7, out, lse, **named)
+
+
+def tensors(seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
+    q, keys, values = (torch.full((2,), float(seed + i)) for i in range(3))
+    return q, (keys, values), torch.zeros(2), torch.zeros(2)
+
+
+def run(wrapper: Wrapper, num_layers: int = 4, *, with_lse: bool = True) -> None:
+    bound, module = BoundRun(wrapper), wrapper._cached_module
+    for layer in range(num_layers):
+        q, caches, out, lse = tensors(layer)
+        bound(q, caches, out, lse if with_lse else None)
+        assert out.tolist() == [2.0 * layer] * 2
+        wanted = ("plan", q, *caches, 7, out, lse if with_lse else None)
+        assert all(a is b or a == b for a, b in zip(wanted[2:], wrapper.calls[-1][2:], strict=False))
+        assert wrapper._cached_module is module
+
+
+def test_only_the_first_layer_goes_through_the_wrapper() -> None:
+    for with_lse in (False, True):
+        wrapper = Wrapper()
+        run(wrapper, with_lse=with_lse)
+        assert wrapper.num_runs == 1
+        assert len(wrapper.calls) == 4
+
+
+def test_a_wrapper_that_calls_its_kernel_in_another_way_is_run_each_time() -> None:
+    for how in ({"by_name": True}, {"twice": True}, {"copies": True}):
+        wrapper = Wrapper(**how)
+        run(wrapper)
+        assert wrapper.num_runs == 4
+
+
+def test_a_wrapper_without_a_module_is_run_each_time() -> None:
+    class Plain:
+        num_runs = 0
+
+        def run(self, q: torch.Tensor, caches: object, *, out: torch.Tensor) -> None:
+            self.num_runs += 1
+            out.copy_(q)
+
+    plain = Plain()
+    bound = BoundRun(plain)
+    for layer in range(3):
+        q, caches, out, _ = tensors(layer)
+        bound(q, caches, out, None)
+        assert torch.equal(out, q)
+    assert plain.num_runs == 3
+
+
+def test_nothing_is_kept_alive_between_layers() -> None:
+    wrapper = Wrapper()
+    bound = BoundRun(wrapper)
+    q, caches, out, lse = tensors(0)
+    bound(q, caches, out, lse)
+    assert not any(isinstance(argument, torch.Tensor) for argument in bound._arguments)

@@ -1,0 +1,162 @@
+"""Decode steps on the CPU, where nothing is captured: the same calls, the same results, the same errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from seqattn import CacheDescriptor, DecodeGraphs, DecodeStep, PagedAttention, PagedKVCacheManager
+from seqattn.errors import BadValueError, LengthError, PageError, SharedPageError, TensorError
+
+NUM_LAYERS, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 2, 4, 2, 8, 4
+
+
+class Engine:
+    """Sequences that share a prompt, and a model of two layers without weights."""
+
+    def __init__(self, num_sequences: int = 3, layout: str = "NHD") -> None:
+        sizes = (60, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu", layout)
+        self.manager = PagedKVCacheManager(*sizes, num_layers=NUM_LAYERS)
+        self.descriptor = CacheDescriptor(self.manager)
+        self.descriptor.allocate(["prompt"], [10])
+        self.ids = list(range(num_sequences))
+        for i in self.ids:
+            self.descriptor.fork("prompt", i)
+        for cache in self.manager.get_memory_tensors():
+            cache.normal_(generator=torch.Generator().manual_seed(0))
+        self.attention = PagedAttention(self.manager, NUM_QO_HEADS)
+        self.graphs = DecodeGraphs(self.attention, self.model, [4, 8], max_tokens=40)
+
+    def model(self, step: DecodeStep, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert len(hidden) == step.num_rows
+        for layer in range(NUM_LAYERS):
+            keys = hidden[:, :NUM_KV_HEADS] * (layer + 1)
+            step.append_kv(keys, keys.flip(-1), layer=layer)
+            hidden = hidden + step.run(hidden, layer=layer)
+        return hidden, hidden.sum((1, 2))
+
+    def by_hand(self, hidden: torch.Tensor) -> torch.Tensor:
+        packed, indptr = self.descriptor.pack_for_flashinfer(self.ids), torch.arange(len(self.ids) + 1)
+        self.attention.plan(packed)
+        for layer in range(NUM_LAYERS):
+            keys = hidden[:, :NUM_KV_HEADS] * (layer + 1)
+            self.manager.append_kv(keys, keys.flip(-1), packed, indptr, layer=layer)
+            hidden = hidden + self.attention.run(hidden, layer=layer)
+        return hidden
+
+
+def inputs(num_rows: int, seed: int) -> torch.Tensor:
+    return torch.randn(num_rows, NUM_QO_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("hybrid", [False, True], ids=["plain", "hybrid"])
+def test_steps_write_and_attend_as_the_calls_by_hand_do(hybrid: bool, layout: str) -> None:
+    engine, other = Engine(layout=layout), Engine(layout=layout)
+    order = [2, 0, 1]
+    for seed in range(9):
+        for each in (engine, other):
+            each.descriptor.allocate_decoding(each.ids)
+        hidden = inputs(3, seed)
+        pack = engine.descriptor.pack_hybrid_for_flashinfer if hybrid else engine.descriptor.pack_for_flashinfer
+        out, total = engine.graphs.replay(pack([engine.ids[i] for i in order]), hidden[order])
+        expected = other.by_hand(hidden)[order]
+        assert torch.allclose(out, expected, atol=1e-5)
+        assert torch.allclose(total, expected.sum((1, 2)), atol=1e-3)
+        for a, b in zip(engine.manager.get_memory_tensors(), other.manager.get_memory_tensors(), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+    assert engine.graphs.num_eager == 9
+    assert engine.graphs.num_captures == engine.graphs.num_replays == 0
+
+
+def test_capturing_ahead_does_nothing_without_a_device() -> None:
+    engine = Engine()
+    engine.graphs.capture(inputs(1, 0))
+    assert engine.graphs.num_captures == 0
+
+
+def test_pages_that_may_not_be_written_are_refused_before_anything_is_written() -> None:
+    engine = Engine()
+    engine.descriptor.allocate_decoding(engine.ids)
+    packed = engine.descriptor.pack_for_flashinfer(engine.ids)
+    before = engine.manager.key_cache.clone()
+    page = engine.descriptor.seq_id_to_data[1].kv_page_indices[-1]
+    engine.manager.ref([page])
+    with pytest.raises(SharedPageError):
+        engine.graphs.replay(packed, inputs(3, 0))
+    engine.manager.unref([page])
+    with pytest.raises(PageError, match="would be written for 2 sequences"):
+        engine.graphs.replay(engine.descriptor.pack_for_flashinfer([0, 1, 0]), inputs(3, 0))
+    engine.descriptor.release([1])
+    with pytest.raises(PageError, match="is free"):
+        engine.graphs.replay(packed, inputs(3, 0))
+    assert torch.equal(engine.manager.key_cache, before)
+
+
+def wrong_rows(engine: Engine) -> None:
+    engine.graphs.replay(engine.descriptor.pack_for_flashinfer(engine.ids), inputs(2, 0))
+
+
+def no_tensor(engine: Engine) -> None:
+    engine.graphs.replay(engine.descriptor.pack_for_flashinfer(engine.ids), [[0.0]] * 3)  # type: ignore[arg-type]
+
+
+def many_queries(engine: Engine) -> None:
+    data = engine.descriptor.pack_hybrid_for_flashinfer(engine.ids, query_lens=[1, 2, 1])
+    engine.graphs.replay(data, inputs(3, 0))
+
+
+def other_data(engine: Engine) -> None:
+    engine.graphs.replay([[1, 2]], inputs(3, 0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (wrong_rows, TensorError, "tensor of 3 rows"),
+        (no_tensor, TensorError, "tensor of 3 rows"),
+        (many_queries, LengthError, "one query row for each sequence"),
+        (other_data, TensorError, "plan needs"),
+    ],
+)
+def test_a_bad_step_is_refused(call: Callable[[Engine], None], error: type[Exception], message: str) -> None:
+    engine = Engine()
+    engine.descriptor.allocate_decoding(engine.ids)
+    with pytest.raises(error, match=message):
+        call(engine)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        (torch.zeros(3, NUM_KV_HEADS, HEAD_DIM, dtype=torch.float16), TensorError),
+        (torch.zeros(3, NUM_KV_HEADS + 1, HEAD_DIM), TensorError),
+        (torch.zeros(2, NUM_KV_HEADS, HEAD_DIM), LengthError),
+        ([0.0], TensorError),
+    ],
+    ids=["dtype", "heads", "rows", "list"],
+)
+def test_bad_keys_are_refused(rows: torch.Tensor, error: type[Exception]) -> None:
+    engine = Engine()
+    engine.descriptor.allocate_decoding(engine.ids)
+    good = torch.zeros(3, NUM_KV_HEADS, HEAD_DIM)
+
+    def model(step: DecodeStep, _: torch.Tensor) -> torch.Tensor:
+        step.append_kv(good, rows)
+        return good
+
+    graphs = DecodeGraphs(engine.attention, model, [4], max_tokens=40)
+    with pytest.raises(error):
+        graphs.replay(engine.descriptor.pack_for_flashinfer(engine.ids), inputs(3, 0))
+
+
+def test_sizes_must_be_positive_and_there_must_be_one() -> None:
+    attention, model = Engine().attention, Engine().model
+    for sizes, max_tokens in (([], 10), ([0], 10), ([4], 0)):
+        with pytest.raises(BadValueError):
+            DecodeGraphs(attention, model, sizes, max_tokens=max_tokens)
+    for name in ("capture_after", "max_graphs"):
+        with pytest.raises(BadValueError, match=name):
+            DecodeGraphs(attention, model, [4], max_tokens=10, **{name: 0})
