@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.cases import CLAIMS, GROUPS, Group
 from benchmarks.command import sizes_of
+from benchmarks.gpu_report import draw_gpu, gpu_parts
 from benchmarks.impls import IMPLS
 from benchmarks.peers import ROOT
 from benchmarks.plots import draw_all
@@ -31,6 +32,7 @@ def write_report() -> str:
     claims = markdown(rows)
     PICTURES.mkdir(exist_ok=True)
     draw_all(rows, PICTURES)
+    draw_gpu(PICTURES)
     medians = medians_of(rows)
     text = TEMPLATE.read_text(encoding="utf-8")
     parts = {
@@ -44,6 +46,7 @@ def write_report() -> str:
         "tokens": _pivot(medians, "tokens"),
         "attention": _pivot(medians, "attention"),
         "everything": _everything(medians),
+        **gpu_parts(),
     }
     for name, part in parts.items():
         text = text.replace("{{" + name + "}}", part)

@@ -1,0 +1,162 @@
+"""The GPU's part of docs/performance.md, made from the rows that `gpu_attention` and `gpu_step` left."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.table import RESULTS
+
+__all__ = ["Recorded", "draw_gpu", "gpu_parts"]
+
+Rows = list[dict[str, Any]]
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+class Recorded:
+    """One file of rows: what it was measured on, and the shapes."""
+
+    def __init__(self, name: str) -> None:
+        lines = (RESULTS / f"gpu_attention_{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        self.about, *self.rows = map(json.loads, lines)
+
+    @property
+    def losses(self) -> list[float]:
+        """How much longer ours took than the fastest choice measured, for each shape."""
+        return [row["ours_us"] / min(row["choices"].values()) - 1 for row in self.rows]
+
+
+def gpu_parts() -> dict[str, str]:
+    """The parts of the page, by their names in the template."""
+    known, fresh = Recorded("h200"), Recorded("h200_seed23")
+    about = known.about
+    sm, memory = about["clocks MHz, SM and memory"]
+    steps = [json.loads(line) for line in (RESULTS / "gpu_step_h200.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {
+        "gpu_machine": (
+            f"One {about['device']} (up to {sm} MHz, memory {memory} MHz, driver {about['driver']}), "
+            f"torch {about['torch']}, flashinfer {about['flashinfer']}, bfloat16, 32 query heads, 8 KV heads, "
+            "head_dim 128, pages of 16, decode. "
+            f"A copy within the device moved {about['copy TB/s']} TB/s, a matrix product ran at "
+            f"{about['matrix TFLOP/s']} TFLOP/s."
+        ),
+        "gpu_command": f"    {about['command']}\n    {fresh.about['command']}",
+        "gpu_table": _table(known.rows),
+        "gpu_fresh": _table(fresh.rows),
+        "gpu_summary": _summary(known, fresh),
+        "gpu_steps": _steps(steps),
+        "gpu_forks": _forks(steps),
+    }
+
+
+def _table(rows: Rows) -> str:
+    titles = (
+        *("shape", "plain µs", "cascade µs", "ours µs", "against plain", "against cascade"),
+        *("best measured µs", "ours over bound", "error"),
+    )
+    lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
+    for row in rows:
+        ours, choice = row["ours_us"], min(row["choices"], key=row["choices"].__getitem__)
+        cells = [
+            row["name"],
+            f"{row['plain_us']:.1f}",
+            f"{row['cascade_us']:.1f}",
+            f"{ours:.1f}",
+            f"{row['plain_us'] / ours:.2f}{TIMES}",
+            f"{row['cascade_us'] / ours:.2f}{TIMES}",
+            f"{row['choices'][choice]:.1f} ({choice})",
+            f"{ours / row['bound_us']:.2f}",
+            f"{row['error']:.1e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _summary(known: Recorded, fresh: Recorded) -> str:
+    """What the planner loses, and where levels do not pay."""
+    lines = []
+    for what, found in (("the 36 shapes", known), ("16 shapes of another seed, which it had never seen", fresh)):
+        losses = found.losses
+        worst = sorted(zip(losses, (row["name"] for row in found.rows), strict=True), reverse=True)[:3]
+        named = ", ".join(f"{loss:.1%} at {name}" for loss, name in worst)
+        plain = max(row["ours_us"] / row["plain_us"] - 1 for row in found.rows)
+        lines.append(
+            f"- On {what}, ours took {statistics.median(losses):.1%} longer than the best choice that was measured, in "
+            f"the median; most: {named}. It was never more than {plain:.1%} slower than plain decode."
+        )
+    cascade = sorted((row["cascade_us"] / row["ours_us"], row["name"]) for row in known.rows + fresh.rows)[:2]
+    (lowest, where), (second, _) = cascade
+    lines.append(
+        f"- Against the cascade wrapper: at least {second:.2f}{TIMES}, but for {lowest:.2f}{TIMES} at {where}."
+    )
+    planner = [row["planner_us"] + row["forest_us"] for row in known.rows if row["shape"][0] == 256]
+    again = [row["planner_again_us"] for row in known.rows]
+    lines.append(
+        f"- Finding the shared runs and choosing takes the CPU {min(planner):.0f} to {max(planner):.0f} µs for a new "
+        f"batch of 256, the choice alone {min(again):.0f} to {max(again):.0f} µs in the steps that follow."
+    )
+    return "\n".join(lines)
+
+
+def _steps(steps: Rows) -> str:
+    lines = [
+        "| packing | eager ms | replay ms | graph ms | pack ms | plan ms | flashinfer's plans by hand ms |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    names = ("eager_us", "replay_us", "graph_us", "pack_us", "plan_us", "plan_by_hand_us")
+    found = {row["packing"]: [row[name] for name in names] for row in steps if "packing" in row}
+    for packing, values in found.items():
+        lines.append(f"| {packing} | {' | '.join(f'{value / 1e3:.2f}' for value in values)} |")
+    ratios = [plain / hybrid for plain, hybrid in zip(found["plain"], found["hybrid"], strict=True)][:3]
+    lines.append(f"| plain over hybrid | {' | '.join(f'{ratio:.2f}{TIMES}' for ratio in ratios)} | | | |")
+    return "\n".join(lines)
+
+
+def _forks(steps: Rows) -> str:
+    row = next(row for row in steps if "forks" in row)
+    return (
+        f"The tails of {row['forks']} forks, eight slots in {row['layers']} layers, take {row['us']:.0f} µs in one "
+        f"launch, the copy of their places included (the slowest of 50: {row['slowest_us']:.0f} µs); their bytes alone "
+        f"{row['bytes_us']:.0f} µs."
+    )
+
+
+def draw_gpu(folder: Path) -> None:
+    """Writes two PNGs: decode attention beside plain decode and the cascade, of all shapes and of the fixed ones."""
+    known, fresh = Recorded("h200").rows, Recorded("h200_seed23").rows
+    _draw(known + fresh, folder / "gpu.png")
+    _draw(known[:16], folder / "gpu_fixed.png")
+
+
+def _draw(rows: Rows, path: Path) -> None:
+    """A bar for each shape, by what is gained."""
+    from matplotlib.figure import Figure
+
+    rows = sorted(rows, key=lambda row: row["plain_us"] / row["ours_us"])
+    figure = Figure(figsize=(8, 1.1 + 0.162 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    gains = [row["plain_us"] / row["ours_us"] for row in rows]
+    axes.barh(places, gains, color="#1b7f79", height=0.7, label="ours")
+    cascade = [row["plain_us"] / row["cascade_us"] for row in rows]
+    axes.plot(
+        cascade, places, "|", color="#b7410e", markersize=9, markeredgewidth=2, label="flashinfer's cascade wrapper"
+    )
+    axes.axvline(1, color="#444444", linewidth=0.8)
+    axes.set(
+        xscale="log", xlim=(0.2, 18), ylim=(-0.8, len(rows) - 0.2), xlabel="plain decode takes so many times as long"
+    )
+    axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16], ["¼", "½", "1", "2", "4", "8", "16"])
+    axes.minorticks_off()
+    axes.set_yticks(places, [row["name"] for row in rows], fontsize=7 if len(rows) < 20 else 6.5)
+    for place, gain in zip(places, gains, strict=True):
+        axes.text(gain * 1.04, place, f"{gain:.1f}", va="center", fontsize=7 if len(rows) < 20 else 6.5)
+    axes.set_title(
+        "Decode attention on an H200: (batch, shared, own tokens) or (systems, tokens, documents, tokens, own)",
+        fontsize=8.5,
+    )
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
