@@ -8,7 +8,7 @@ So whatever fails between, `cancel` leaves everything as it was.
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from radix.tree import pages_of
 from seqattn.errors import NoPageError, PromptTooLargeError
 
 if TYPE_CHECKING:
+    from radix.history import History
     from radix.node import Node
     from radix.stats import CacheStats
     from radix.tree import Kept, Path, RadixTree
@@ -138,6 +139,7 @@ class Reserve:
     manager: PageAllocator
     tree: RadixTree
     stats: CacheStats
+    history: History
 
     def reserve(self, num_pages: int, kept: Kept = NOTHING_KEPT) -> Reservation:
         """Pages for `num_pages`, idle ones outside `kept` if too few are free.
@@ -157,10 +159,10 @@ class Reserve:
             self.manager.take_into(pages[:num_free])
         return Reservation(pages, num_free, victims)
 
-    def commit(self, reservation: Reservation) -> None:
-        """Takes the victims out of the tree; the pages are the caller's now."""
+    def commit(self, reservation: Reservation, call: str, seq_ids: Iterable[Hashable]) -> None:
+        """Takes the victims out of the tree; the pages are the caller's now, who names its call and sequences."""
         if reservation.victims:
-            self._evict(reservation.victims)
+            self._evict(reservation.victims, call, tuple(seq_ids), len(reservation.pages), reservation.num_free)
 
     def cancel(self, reservation: Reservation) -> None:
         """Gives everything back. Victims are still in the tree, and sound: a copy that fails has written nothing."""
@@ -169,7 +171,7 @@ class Reserve:
     def evict(self, num_pages: int) -> int:
         """Frees up to `num_pages` idle pages; returns how many."""
         victims, pages = self.find(num_pages)
-        self._evict(victims)
+        self._evict(victims, "evict", (), num_pages, self.manager.available_pages_count)
         self.manager.free(pages)
         return len(pages)
 
@@ -238,15 +240,23 @@ class Reserve:
                 kept[last] = max(count, kept.get(last, 0))
         return kept
 
-    def _evict(self, victims: list[tuple[Node, int]]) -> None:
-        """Trims the tree; the pages keep its reference for whoever takes them."""
+    def _evict(
+        self, victims: list[tuple[Node, int]], call: str, seq_ids: tuple[Hashable, ...], num_wanted: int, num_free: int
+    ) -> None:
+        """Trims the tree and notes why; the pages keep its reference for whoever takes them."""
         clock, stats = self.tree.clock, self.stats
         ages, reuses = stats.evicted_ages, stats.evicted_reuses
         for node, count in victims:
             ages[(clock - node.stamp).bit_length()] += count
             reuses[node.num_reuses.bit_length()] += count
             stats.num_evicted_pages += count
-        self.tree.trim(victims)
+        if victims and self.history.most_records:
+            cause = (clock, call, seq_ids, num_wanted, num_free, self.tree.num_idle_pages)
+            self.history.note(victims, cause, self.tree.page_bytes)
+            self.tree.trim(victims)
+            self.history.follow(victims[-1][0])
+        else:
+            self.tree.trim(victims)
 
 
 def plan_start(

@@ -40,7 +40,8 @@ def start_all(state: State, plans: list[Plan]) -> list[Started]:
         end = at + plan.num_new - (tail is not None)
         started.append(_begin(state, plan, tail, reservation.pages[at:end]))
         at = end
-    reserve.commit(reservation)
+    if reservation.victims:
+        reserve.commit(reservation, "start", [plan.seq_id for plan in plans])
     return started
 
 
