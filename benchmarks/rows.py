@@ -75,5 +75,5 @@ def _cpu() -> str:
 
 
 def row_files(folder: Path) -> list[Path]:
-    """The files of rows in a folder; those of the GPU benchmarks have rows of another form."""
-    return sorted(path for path in folder.glob("*.jsonl") if not path.name.startswith("gpu_"))
+    """The files of rows in a folder; those of the GPU and of chat have rows of another form."""
+    return sorted(path for path in folder.glob("*.jsonl") if not path.name.startswith(("gpu_", "chat_")))

@@ -14,6 +14,8 @@ The life of a sequence:
 Whole pages are shared by reference and never written; only the page in which a match ends is copied, so reuse is exact
 to the token at any page size. What nobody uses is evicted when pages are short, least recently used first.
 
+`Sessions` keep conversations cached while they last; `PrefixCache.explain` says why something was not found.
+
 Importing radix does not load torch: each name below is imported from its file at first use.
 """
 
@@ -24,20 +26,41 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from radix.cache import PrefixCache
+    from radix.explain import Explanation
+    from radix.guard import Break, RetokenisationWarning
     from radix.node import Node
     from radix.running import PrefixMatch, Started
+    from radix.session import ChatSession
+    from radix.session_store import Sessions
     from radix.stats import CacheStats
     from radix.tree import RadixTree
 
-__all__ = ["CacheStats", "Node", "PrefixCache", "PrefixMatch", "RadixTree", "Started"]
+__all__ = [
+    "Break",
+    "CacheStats",
+    "ChatSession",
+    "Explanation",
+    "Node",
+    "PrefixCache",
+    "PrefixMatch",
+    "RadixTree",
+    "RetokenisationWarning",
+    "Sessions",
+    "Started",
+]
 
 #: the file of every public name
 _HOME = {
+    "Break": "radix.guard",
     "CacheStats": "radix.stats",
+    "ChatSession": "radix.session",
+    "Explanation": "radix.explain",
     "Node": "radix.node",
     "PrefixCache": "radix.cache",
     "PrefixMatch": "radix.running",
     "RadixTree": "radix.tree",
+    "RetokenisationWarning": "radix.guard",
+    "Sessions": "radix.session_store",
     "Started": "radix.running",
 }
 

@@ -27,6 +27,9 @@ from radix import show
 from radix.adopt import hand_over, publish
 from radix.audit import check_cache
 from radix.changing import extend_all, extend_one, fork_one, let_go_after
+from radix.demote import demote
+from radix.explain import Explanation, explain
+from radix.history import History
 from radix.pin import Pinned
 from radix.plan import Plan, plan_start
 from radix.running import PrefixMatch, Running, Started, match_of
@@ -68,18 +71,27 @@ class PrefixCache:
         manager: where pages come from: a `PagedKVCacheManager`, or a `PageAllocator` to simulate without memory.
         policy: which idle pages go first; `"lru"` is the one there is.
         whole_pages: share full pages only and never fork a tail, as engines without token-exact reuse do.
+        history: how many evictions `explain` can look back on, one for each edge that lost pages; 0 for none.
 
     Raises:
         BadValueError: an unknown policy.
+        LengthError: a negative `history`.
     """
 
-    def __init__(self, manager: PageAllocator, *, policy: Literal["lru"] = "lru", whole_pages: bool = False) -> None:
+    def __init__(
+        self,
+        manager: PageAllocator,
+        *,
+        policy: Literal["lru"] = "lru",
+        whole_pages: bool = False,
+        history: int = 1024,
+    ) -> None:
         if policy != "lru":
             raise BadValueError(f"policy {policy!r} is unknown: use 'lru'")
         self.manager = manager
         self.policy = policy
         self.whole_pages = whole_pages
-        self.state = State(manager)
+        self.state = State(manager, History(as_count("history", history)))
         self.tree: RadixTree = self.state.tree
         self.descriptor: CacheDescriptor = self.state.descriptor
         self.lock = threading.RLock()
@@ -117,6 +129,27 @@ class PrefixCache:
         if len(query) > path.num_bytes:
             check_rest(query, path.num_bytes)
         return match_of(path, self.tree.page_bytes)
+
+    def explain(self, tokens: Tokens, *, namespace: Hashable = None, decode: Decode | None = None) -> Explanation:
+        """Why so many of `tokens` are cached and no more; print the result, or read its attributes. Changes nothing.
+
+        Args:
+            tokens: token ids.
+            namespace: where to look; others are told of if more matches there.
+            decode: turns token ids into text, to see where the two sides part.
+
+        Raises:
+            TokenError: not token ids.
+
+        Cost: that of `match` in every namespace, and a comparison with each record of the history, each running
+        sequence and each branch where the two sides part: milliseconds, for a person who asks.
+        """
+        query = as_key(tokens)
+        with self.lock:
+            num_cached = self.tree.match(query, namespace).num_bytes // TOKEN_BYTES
+            if self.whole_pages:
+                num_cached -= num_cached % self.tree.page_size
+            return explain(self.state, query, namespace, num_cached, decode)
 
     def can_start(self, tokens: Tokens, *, namespace: Hashable = None) -> bool:
         """Whether `start` with its default arguments would find pages now; changes nothing.
@@ -361,6 +394,29 @@ class PrefixCache:
         with self.lock:
             return self.state.reserve.evict(num_pages)
 
+    def demote(self, tokens: Tokens, *, after: int, namespace: Hashable = None) -> int:
+        """Lets what only `tokens` have beyond the first `after` be evicted first; returns how many pages that is.
+
+        For what nobody will come back for: an answer that was taken back, the branches of best-of-n that lost. It stays
+        cached until pages are short, goes before all that is idle now, and is like any other page once it is used.
+        What others hold or continue is left alone, and so is the page that token `after` stands in, unless it begins
+        with that token. What is kept of the path counts as used.
+
+        Args:
+            tokens: a cached prefix, up to its end; what follows that is not cached does not matter.
+            after: how many tokens to leave as they are.
+            namespace: where to look.
+
+        Raises:
+            TokenError: not token ids.
+            LengthError: `after` is negative, or not an integer.
+
+        Cost: that of `match`, and O(nodes).
+        """
+        key, after = as_key(tokens), as_count("after", after)
+        with self.lock:
+            return demote(self.tree, self.tree.match(key, namespace), -(-after // self.tree.page_size))
+
     def clear(self) -> None:
         """Forgets the whole tree, also what is in use: after new weights no cached KV is right.
 
@@ -376,6 +432,7 @@ class PrefixCache:
             for run in self.state.running.values():
                 run.node, run.num_tree_pages, run.is_detached = None, 0, True
             self.tree.clear()
+            self.state.history.clear(self.tree.clock)
 
     # -- packing ------------------------------------------------------------------------------------------------------
 

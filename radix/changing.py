@@ -34,7 +34,9 @@ def extend_all(state: State, seq_ids: Sequence[Hashable], keys: Sequence[bytes])
             let_go_after(state, run, run.num_pages - 1)
         state.stats.num_forked_pages += len(growth.copy_ids)
     descriptor.grow(growth, reservation.pages)
-    reserve.commit(reservation)
+    if reservation.victims:
+        counted = zip(seq_ids, growth.num_new_pages, strict=True)
+        reserve.commit(reservation, "extend", [s for s, count in counted if count or s in growth.copy_ids])
     for seq_id, key in zip(seq_ids, keys, strict=True):
         state.running[seq_id].tail += key
 
@@ -47,7 +49,7 @@ def extend_one(state: State, seq_id: Hashable, run: Running, key: bytes) -> None
         return
     num_new, last = divmod(used + num_tokens - 1, page_size)
     if num_new:
-        if not state.reserve.take(run.room(num_new)):
+        if not state.reserve.take(run.room(num_new), "extend", (seq_id,)):
             extend_all(state, [seq_id], [key])
             return
         run.lengthen(num_new)
@@ -69,7 +71,7 @@ def fork_one(state: State, run: Running, seq_id: Hashable, new_seq_id: Hashable)
     except BaseException:
         reserve.cancel(reservation)
         raise
-    reserve.commit(reservation)
+    reserve.commit(reservation, "fork", (new_seq_id,))
     table = descriptor.fork_table(seq_id, reservation.pages)
     new = Running(table, len(table), run.last_page_len, run.namespace, run.prompt)
     new.tail, new.request, new.is_detached = run.tail[:], None, run.is_detached

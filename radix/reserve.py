@@ -7,7 +7,7 @@ So whatever fails between, `cancel` leaves everything as it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from radix.tree import pages_of
 from seqattn.errors import NoPageError, PromptTooLargeError
 
 if TYPE_CHECKING:
+    from radix.history import Cause, History
     from radix.node import Node
     from radix.plan import Plan
     from radix.stats import CacheStats
@@ -70,6 +71,7 @@ class Reserve:
     manager: PageAllocator
     tree: RadixTree
     stats: CacheStats
+    history: History
 
     def claim(self, pages: PageArray, spared: Node | None) -> list[tuple[Node, int]] | None:
         """`reserve` for one sequence, straight into its page table, in all but rare cases.
@@ -105,7 +107,7 @@ class Reserve:
             manager.take_into(pages)
         return victims
 
-    def take(self, pages: PageArray) -> bool:
+    def take(self, pages: PageArray, call: str, seq_ids: tuple[Hashable, ...]) -> bool:
         """`claim` and `evict_named` at once; False where `claim` gives None: nothing has changed then."""
         manager, tree = self.manager, self.tree
         num_pages, at = len(pages), manager.available_pages_count
@@ -117,12 +119,12 @@ class Reserve:
             return False
         if at:
             manager.take_into(pages[:at])
-        self._evict_into(pages[at:] if at else pages)
+        self._evict_into(pages[at:] if at else pages, (tree.clock, call, seq_ids, num_pages, at, tree.num_idle_pages))
         return True
 
-    def _evict_into(self, pages: PageArray) -> None:
+    def _evict_into(self, pages: PageArray, cause: Cause) -> None:
         """Trims so many pages, which are idle, and writes their numbers; their references are the caller's now."""
-        tree, stats, at, num_pages = self.tree, self.stats, 0, len(pages)
+        tree, stats, history, at, num_pages = self.tree, self.stats, self.history, 0, len(pages)
         while at < num_pages:
             node = next(iter(tree.idle))
             run = node.pages
@@ -131,8 +133,12 @@ class Reserve:
             at += count
             stats.evicted_ages[(tree.clock - node.stamp).bit_length()] += count
             stats.evicted_reuses[node.num_reuses.bit_length()] += count
+            if history.most_records:
+                history.note(node, count, cause, tree.page_bytes)
             tree.trim(node, count)
         stats.num_evicted_pages += num_pages
+        if num_pages:
+            history.follow(node)
 
     def give_back(self, pages: PageArray, victims: list[tuple[Node, int]]) -> None:
         """Undoes a `claim`."""
@@ -156,10 +162,10 @@ class Reserve:
             self.manager.take_into(pages[:num_free])
         return Reservation(pages, num_free, victims)
 
-    def commit(self, reservation: Reservation) -> None:
-        """Takes the victims out of the tree; the pages are the caller's now."""
+    def commit(self, reservation: Reservation, call: str, seq_ids: Iterable[Hashable]) -> None:
+        """Takes the victims out of the tree; the pages are the caller's now, who names its call and sequences."""
         if reservation.victims:
-            self.evict_named(reservation.victims)
+            self.evict_named(reservation.victims, call, tuple(seq_ids), len(reservation.pages))
 
     def cancel(self, reservation: Reservation) -> None:
         """Gives everything back. Victims are still in the tree, and sound: a copy that fails has written nothing."""
@@ -167,12 +173,13 @@ class Reserve:
 
     def evict(self, num_pages: int) -> int:
         """Frees up to `num_pages` idle pages; returns how many."""
+        num_free = self.manager.available_pages_count
         if self.manager.was_referenced_by_hand:
             victims, pages = self.find(num_pages)
-            self.evict_named(victims)
+            self.evict_named(victims, "evict", (), num_pages, num_free)
         else:
             pages = np.empty(min(num_pages, self.tree.num_idle_pages), _INT32)
-            self._evict_into(pages)
+            self._evict_into(pages, (self.tree.clock, "evict", (), num_pages, num_free, self.tree.num_idle_pages))
         self.manager.drop(pages)
         return len(pages)
 
@@ -241,12 +248,34 @@ class Reserve:
                 kept[last] = max(count, kept.get(last, 0))
         return kept
 
-    def evict_named(self, victims: list[tuple[Node, int]]) -> None:
-        """Trims the tree; the pages keep its reference for whoever takes them."""
-        tree, stats = self.tree, self.stats
+    def evict_named(
+        self,
+        victims: list[tuple[Node, int]],
+        call: str,
+        seq_ids: tuple[Hashable, ...],
+        num_wanted: int,
+        num_free: int | None = None,
+    ) -> None:
+        """Trims the tree and notes why; the pages keep its reference for whoever takes them.
+
+        Args:
+            victims: nodes, and how many pages from their ends.
+            call: whose pages these are to be: "start", "extend", "fork" or "evict", …
+            seq_ids: … and for which sequences.
+            num_wanted: pages that it wants in all.
+            num_free: how many of these were free; None for those that are not the victims'.
+        """
+        tree, stats, history = self.tree, self.stats, self.history
         clock, ages, reuses = tree.clock, stats.evicted_ages, stats.evicted_reuses
+        if num_free is None:
+            num_free = num_wanted - sum([count for _, count in victims])
+        cause = clock, call, seq_ids, num_wanted, num_free, tree.num_idle_pages
         for node, count in victims:
             ages[(clock - node.stamp).bit_length()] += count
             reuses[node.num_reuses.bit_length()] += count
             stats.num_evicted_pages += count
+            if history.most_records:
+                history.note(node, count, cause, tree.page_bytes)
             tree.trim(node, count)
+        if victims:
+            history.follow(victims[-1][0])

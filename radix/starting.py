@@ -59,7 +59,7 @@ def start_one(
         forked = source, copy, tail_len
     result = _begin(state, seq_id, run, path, shared, forked)
     if victims:
-        state.reserve.evict_named(victims)
+        state.reserve.evict_named(victims, "start", (seq_id,), len(pages))
     return result
 
 
@@ -94,7 +94,8 @@ def start_all(state: State, plans: list[Plan]) -> list[Started]:
         run.table[first:] = pages[at:end]
         begun.append(_begin(state, plan.seq_id, run, plan.path, plan.num_shared, forked))
         at = end
-    reserve.commit(reservation)
+    if reservation.victims:
+        reserve.commit(reservation, "start", [plan.seq_id for plan in plans])
     return begun
 
 

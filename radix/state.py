@@ -14,6 +14,7 @@ from radix.tree import RadixTree
 from seqattn.descriptor import CacheDescriptor
 
 if TYPE_CHECKING:
+    from radix.history import History
     from radix.running import Pin, Running
     from seqattn.pages import PageAllocator
 
@@ -25,6 +26,7 @@ class State:
     """Allocator, tree and page tables, and who runs and who is pinned; `check_cache` says how they fit together."""
 
     manager: PageAllocator
+    history: History
     tree: RadixTree = field(init=False)
     descriptor: CacheDescriptor = field(init=False)
     running: dict[Hashable, Running] = field(init=False)
@@ -37,4 +39,4 @@ class State:
         self.tree = RadixTree(self.manager.page_size)
         self.descriptor = CacheDescriptor(self.manager)
         self.running = cast("dict[Hashable, Running]", self.descriptor.seq_id_to_data)
-        self.reserve = Reserve(self.manager, self.tree, self.stats)
+        self.reserve = Reserve(self.manager, self.tree, self.stats, self.history)

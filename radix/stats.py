@@ -25,7 +25,7 @@ class CacheStats:
         num_evicted_pages: pages that eviction freed.
         num_adopted_pages: pages given back because the tree had the same tokens already.
         evicted_ages: evicted pages by age, the logical time between last use and eviction; entry i counts the pages of
-            age 2**(i-1) to 2**i - 1, entry 0 those of age 0.
+            age 2**(i-1) to 2**i - 1, entry 0 those of age 0. What was demoted counts as older than all else.
         evicted_reuses: evicted pages by the number of starts that shared them, in the same buckets.
     """
 

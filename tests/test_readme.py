@@ -1,4 +1,4 @@
-"""The README tells the truth: its programs run and print what it says, and its links lead somewhere."""
+"""The README and the guides tell the truth: their programs run and print what is said, and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+GUIDE = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "chat.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
-def test_a_program_of_the_readme_prints_what_it_says(program: str) -> None:
+@pytest.mark.parametrize("program", PROGRAMS + GUIDE, ids=range(len(PROGRAMS + GUIDE)))
+def test_a_program_of_the_documentation_prints_what_it_says(program: str) -> None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(program, "README.md", "exec"), {})  # a new namespace for each, as a reader would have
+        exec(compile(program, "a program", "exec"), {})  # a new namespace for each, as a reader would have
     said = [line[2:] for line in program.splitlines() if line.startswith("# ")]
     assert printed.getvalue().splitlines() == said
 
 
-def test_the_readme_has_programs() -> None:
+def test_the_documentation_has_programs() -> None:
     assert len(PROGRAMS) >= 2
+    assert len(GUIDE) >= 3
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))

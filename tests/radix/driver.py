@@ -36,6 +36,7 @@ _WEIGHTS = {
     "take": 1,
     "let_go": 3,
     "evict": 3,
+    "demote": 3,
     "match": 2,
     "clear": 0.3,
 }
@@ -149,6 +150,13 @@ class Drawer:
 
     def _evict(self) -> Call:
         return (self.rng.randint(0, 3),)
+
+    def _demote(self) -> Call:
+        """Mostly something cached, to its end or beyond."""
+        rng, cached = self.rng, list(self.world.model.entries)
+        namespace, tokens = rng.choice(cached) if cached and rng.random() < 0.8 else (self._namespace(), self.tokens())
+        after = rng.choice([0, rng.randint(0, len(tokens)), self._aligned(rng.randint(0, len(tokens)))])
+        return after, tokens + rng.choice([(), (rng.choice(self.ids),)]), namespace
 
     def _match(self) -> Call:
         return self.tokens(least=0), self._namespace()

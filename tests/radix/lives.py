@@ -1,8 +1,8 @@
 """Lives as text: `start 0 [5,6,7] in b · extend 0 [8] · finish 0`.
 
 A call is its name, then its arguments in order: ids and counts as numbers, tokens in brackets. A namespace follows its
-tokens after `in`; `uncached 0` is `min_uncached_tokens=0`. Failures are printed in this form and can be pasted into a
-test.
+tokens after `in`; `uncached 0` is `min_uncached_tokens=0`, `demote 3 [5,6,7,8]` is `after=3`. Failures are printed in
+this form and can be pasted into a test.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def described(call: Call) -> str:
         return " ".join(["extend", *(f"{seq_id} {_bracketed(tokens)}" for seq_id, tokens in args[0])])
     if name == "match":
         return f"match {_bracketed(args[0])}{_described_namespace(args[1])}"
-    if name in ("pin", "hold"):
+    if name in ("pin", "hold", "demote"):
         return f"{name} {_described_item(*args)}"
     return " ".join([name, *(str(arg) for arg in args if arg is not None)])
 
@@ -62,7 +62,7 @@ def _parsed_call(words: list[str]) -> Call:
         return name, tuple((seq_id, tokens) for seq_id, tokens, _ in _parsed_items(words))
     if name == "match":
         return (name, *_parsed_items(["0", *words])[0][1:])
-    if name in ("pin", "hold"):
+    if name in ("pin", "hold", "demote"):
         return (name, *_parsed_items(words)[0])
     args: list[int | None] = [int(word) for word in words]
     return (name, *args, *[None] * (name in ("publish", "finish") and len(args) == 1))

@@ -158,6 +158,29 @@ class Tables:
         self.num_evicted += 1
         return True
 
+    def demote(self, namespace: Hashable, tokens: Tokens, after: int) -> int:
+        """What nobody holds or continues of a cached prefix, from the first page past `after`, is the oldest now."""
+        ends = [end for end in range(1, len(tokens) + 1) if (namespace, tokens[:end]) in self.entries]
+        best = max((common_prefix(tokens, key[1]) for key in self.entries if key[0] == namespace), default=0)
+        if not ends or ends[-1] != best:
+            return 0
+        chain = [(namespace, tokens[:end]) for end in ends]
+        held = {page for sequence in self.running.values() for page in sequence.pages}
+        held |= {page for pages in self.pins.values() for page in pages}
+        oldest = min(entry.stamp for entry in self.entries.values()) - 1
+        moved = []
+        for key in reversed(chain):
+            first = (len(key[1]) - 1) // self.page_size * self.page_size
+            others = [k for k in self.entries if k not in chain and k[0] == namespace and k[1][: len(key[1])] == key[1]]
+            if first < after or others or self.entries[key].page in held:
+                break
+            moved.append(key)
+        for key in moved:
+            self.entries[key].stamp = oldest
+        if moved:
+            self.use(self.entries[key].page for key in chain if key not in moved)
+        return len(moved)
+
     def _is_extended(self, key: Key) -> bool:
         return any(k != key and k[0] == key[0] and k[1][: len(key[1])] == key[1] for k in self.entries)
 

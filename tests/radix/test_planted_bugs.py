@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from radix import adopt, reserve, starting
+from radix import adopt, cache, demote, reserve, starting
 from radix.cache import PrefixCache
 from radix.node import PAGE_ID_BYTES, Node
 from radix.pin import Pinned
@@ -262,6 +262,36 @@ def the_newest_page_goes_first(patch: pytest.MonkeyPatch) -> None:
         return real(self, *args)
 
     patch.setattr(RadixTree, "victims", victims)
+
+
+@bug
+def what_others_continue_is_demoted_too(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(demote, "_own", lambda path, num_kept: [n for n in path.nodes[::-1] if not n.num_holders])
+
+
+@bug
+def what_is_demoted_keeps_its_stamp(patch: pytest.MonkeyPatch) -> None:
+    real = demote.demote
+
+    def demote_(tree: RadixTree, *args: Any) -> int:  # noqa: ANN401
+        stamps = {node: node.stamp for node in tree}
+        num_pages = real(tree, *args)
+        for node, stamp in stamps.items():
+            node.stamp = max(node.stamp, stamp)
+        return num_pages
+
+    patch.setattr(cache, "demote", demote_)
+
+
+@bug
+def a_page_too_much_is_demoted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cache, "demote", lambda tree, path, num_kept: demote.demote(tree, path, max(0, num_kept - 1)))
+
+
+@bug
+def nothing_is_demoted_but_the_last_edge(patch: pytest.MonkeyPatch) -> None:
+    real = demote._own
+    patch.setattr(demote, "_own", lambda path, num_kept: real(path, num_kept)[:1])
 
 
 # -- copies and pages -------------------------------------------------------------------------------------------------

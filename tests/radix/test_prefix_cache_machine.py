@@ -134,6 +134,12 @@ class PrefixCacheMachine(RuleBasedStateMachine):
     def evict(self, num_pages: int) -> None:
         self.do("evict", num_pages)
 
+    @precondition(lambda self: self.world.model.entries)
+    @rule(data=st.data())
+    def demote(self, data: st.DataObject) -> None:
+        namespace, tokens = data.draw(st.sampled_from(list(self.world.model.entries)), label="cached")
+        self.do("demote", data.draw(st.integers(0, len(tokens)), label="after"), tokens, namespace)
+
     @rule(data=st.data(), namespace=NAMESPACES)
     def match(self, data: st.DataObject, namespace: str | None) -> None:
         self.do("match", self.tokens(data), namespace)
@@ -171,6 +177,7 @@ def test_random_lives_come_everywhere() -> None:
 def test_a_life_reads_as_it_is_written() -> None:
     life = (
         "start 0 [5,6,7] in b · start_many 0 [1] 1 [2,3] in b uncached 0 · extend 0 [8] 1 [2,3] · publish 0 · "
-        "finish 0 3 · match [] in b · pin 0 [1] · unpin 0 · hold 1 [2] · evict 2 · fork 0 1 · truncate 1 2 · clear"
+        "finish 0 3 · match [] in b · pin 0 [1] · unpin 0 · hold 1 [2] · evict 2 · fork 0 1 · truncate 1 2 · "
+        "demote 2 [5,6,7] · clear"
     )
     assert " · ".join(described(call) for call in parsed(life)) == life

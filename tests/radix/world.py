@@ -91,7 +91,7 @@ class World:
         if name in ("hold", "take", "let_go"):
             return bool((call[1] in self.model.by_hand) == (name == "let_go"))
         is_new_free = name != "fork" or call[2] not in running
-        return name in ("evict", "clear", "match") or (call[1] in running and is_new_free)
+        return name in ("evict", "demote", "clear", "match") or (call[1] in running and is_new_free)
 
     # -- starting -----------------------------------------------------------------------------------------------------
 
@@ -270,6 +270,10 @@ class World:
     def evict(self, num_pages: int) -> None:
         freed = self.cache.evict(num_pages)
         assert freed == sum(self.model.evict_one(set()) for _ in range(num_pages)), "evict returned a wrong number"
+
+    def demote(self, after: int, tokens: Tokens, namespace: Hashable) -> None:
+        demoted = self.cache.demote(tokens, after=after, namespace=namespace)
+        assert demoted == self.model.demote(namespace, tokens, after), "demote returned a wrong number"
 
     def clear(self) -> None:
         self.cache.clear()

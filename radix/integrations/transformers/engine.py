@@ -1,0 +1,395 @@
+"""`Engine`: many requests through one model, sharing what is computed.
+
+    step()   admit ─▶ extend by one token each ─▶ pack and plan once ─▶ forward of all rows ─▶ sample ─▶ publish, finish
+                      prompts in chunks           plain for append,     model(input_ids [1, rows],
+                                                  levels for attention        radix_step=Step)
+
+What a request has computed becomes a prefix for others: page by page while its prompt is computed, the rest when it
+ends or is preempted. The token that was chosen last has no KV yet; it gets one when it is fed back, or never.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from typing import TYPE_CHECKING, Literal
+
+from radix.cache import PrefixCache
+from radix.integrations.transformers.model import manager_for
+from radix.integrations.transformers.reader import Reader
+from radix.integrations.transformers.request import Options, Piece, Request
+from radix.integrations.transformers.runner import Packing, Runner
+from radix.integrations.transformers.sampling import Draw, Sampling, choose_tokens
+from radix.integrations.transformers.scheduler import Scheduler
+from radix.integrations.transformers.text import TextStream, as_texts, as_token_set, encode
+from seqattn.counts import as_count, positive
+from seqattn.errors import BadValueError, DuplicateSequenceError, LengthError, PromptTooLargeError, SeqAttnError
+
+if TYPE_CHECKING:
+    from collections.abc import (
+        AsyncGenerator,
+        AsyncIterator,
+        Callable,
+        Collection,
+        Generator,
+        Hashable,
+        Iterator,
+        Sequence,
+    )
+
+    import torch
+    from typing_extensions import Self, Unpack
+
+    from radix.integrations.transformers.model import Model, ModelShape
+    from radix.integrations.transformers.text import Prompt, Tokenizer
+    from seqattn.hybrid import CostModel
+
+__all__ = ["Engine"]
+
+_GREEDY = Sampling()
+
+
+class Engine:
+    """Serves a transformers model from a prefix cache: continuous batching over shared pages.
+
+        engine = Engine(model, tokenizer, PrefixCache(manager_for(model, num_pages=4096)))
+        answers = engine.generate(["Once upon a time", "Once upon a hill"], max_new_tokens=32)
+        for piece in engine.stream([{"role": "user", "content": "Hello!"}]):
+            print(piece.text, end="")
+
+    Any thread may call any method. One step runs at a time; `submit` never waits for it, `cancel` and `fork` do.
+    The model belongs to the engine until `close`. The cache may be shared with others (sessions, pins), and with other
+    engines of the same model with a `name` of their own, as long as their steps do not overlap.
+
+    Args:
+        model: a causal language model of transformers, in eval mode, on one device.
+        tokenizer: its tokenizer; None to deal in token ids only.
+        cache: over a manager that fits the model, as `manager_for` makes it.
+        max_requests: that run at a time; more wait.
+        max_tokens_per_step: rows of one forward; at least `max_requests`. Long prompts are computed in chunks.
+        backend: of `PagedAttention`: "auto", "flashinfer" or "torch".
+        packing: "hybrid" reads what requests share once a step, where that pays; "plain" reads it for each.
+        cost_model: which shared runs pay; "auto" is the attention's own on CUDA, and every run elsewhere (None).
+        name: requests without an id get the ids "NAME 0", "NAME 1", …
+        clock: seconds, for the figures of requests.
+
+    Attributes:
+        cache, tokenizer, model: as given.
+        shape: the `ModelShape`.
+        end_tokens: what ends an answer by default: the end tokens of the model's generation config.
+
+    Raises:
+        ModelError: a model that cannot be served, with the reason.
+        TensorError: a cache that does not fit it.
+        BadValueError: a number or a name out of range, or a model in training mode.
+        MissingExtraError: transformers is not installed.
+
+    Cost: a forward of two tokens.
+    """
+
+    def __init__(  # noqa: PLR0913  three parts, and options that are keywords
+        self,
+        model: Model,
+        tokenizer: Tokenizer | None,
+        cache: PrefixCache,
+        *,
+        max_requests: int = 64,
+        max_tokens_per_step: int = 2048,
+        backend: str = "auto",
+        packing: Packing = "hybrid",
+        cost_model: CostModel | Literal["auto"] | None = "auto",
+        name: str = "request",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        most = positive("max_requests", max_requests)
+        budget = positive("max_tokens_per_step", max_tokens_per_step)
+        if budget < most:
+            raise BadValueError(f"max_tokens_per_step {budget} is below max_requests {most}: each needs a token a step")
+        self.runner = Runner(model, cache, backend=backend, packing=packing, cost_model=cost_model)
+        self.model, self.tokenizer, self.cache = model, tokenizer, cache
+        self.shape: ModelShape = self.runner.shape
+        self.end_tokens = _end_tokens(model, tokenizer)
+        self.name = name
+        self.clock = clock
+        self.scheduler = Scheduler(cache, most, budget)
+        self._lock = threading.RLock()
+        self._count = itertools.count()
+        self._open_ids: set[Hashable] = set()
+
+    @classmethod
+    def for_model(
+        cls, model: Model, tokenizer: Tokenizer | None = None, *, num_pages: int, page_size: int = 16
+    ) -> Self:
+        """An engine over a new cache of so many pages; `manager_for` says what one takes."""
+        return cls(model, tokenizer, PrefixCache(manager_for(model, num_pages=num_pages, page_size=page_size)))
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = _GREEDY,
+        stop_tokens: Collection[int] | None = None,
+        stop_texts: Sequence[str] = (),
+        namespace: Hashable = None,
+        request_id: Hashable = None,
+    ) -> Request:
+        """Queues a prompt; `step` and all that call it compute it. Waits for nothing.
+
+        Args:
+            prompt: token ids (list, array or tensor); a text; or messages (`[{"role": …, "content": …}, …]`), which
+                the tokenizer's chat template turns into a text.
+            max_new_tokens: tokens of the answer at most.
+            sampling: greedy by default.
+            stop_tokens: end after any of these, which is then the last token; None for `end_tokens`, () for none.
+            stop_texts: end before any of these in the text, which is cut there (the tokens are not).
+            namespace: share only with what was cached under the same value.
+            request_id: its id in the cache; None for one of the engine's.
+
+        Raises:
+            TokenError: no tokens, or not tokens of this model.
+            LengthError: the answer could outgrow the model's positions.
+            PromptTooLargeError: it could outgrow the whole cache.
+            BadValueError: a text or stop text without a tokenizer, an empty stop text, or an option of a wrong type.
+            DuplicateSequenceError: `request_id` is running, or waits to.
+        """
+        ids = encode(self.tokenizer, prompt, self.shape.vocab_size)
+        most = as_count("max_new_tokens", max_new_tokens, 1)
+        self._refuse_too_long(len(ids), most)
+        stops = self.end_tokens if stop_tokens is None else as_token_set(stop_tokens)
+        watch = TextStream(self.tokenizer, as_texts(stop_texts, self.tokenizer)) if stop_texts else None
+        draw = Draw(sampling)
+        now, number = self.clock(), next(self._count)
+        own_id = f"{self.name} {number}" if request_id is None else request_id
+        self._refuse_id(own_id, namespace)
+        request = Request(own_id, ids, namespace, most, draw, stops, self.tokenizer, watch, now, number)
+        self._open_ids.add(own_id)
+        self.scheduler.inbox.append(request)
+        return request
+
+    def generate(self, prompts: Sequence[Prompt], **options: Unpack[Options]) -> list[Request]:
+        """Submits prompts, and steps until all are finished; `options` are those of `submit`, for each.
+
+        Raises:
+            What `submit` and `step` raise; none of the prompts is computed any further then.
+        """
+        if isinstance(prompts, str):
+            raise BadValueError(f"prompts must be a list of prompts, not the text {prompts[:40]!r}: put it into a list")
+        requests: list[Request] = []
+        try:
+            requests.extend(self.submit(prompt, **options) for prompt in prompts)
+            return self.wait(requests)
+        except BaseException:
+            for request in requests:
+                self.cancel(request)
+            raise
+
+    def wait(self, requests: Sequence[Request]) -> list[Request]:
+        """Steps until these requests are finished, and returns them."""
+        for request in requests:
+            while not request.is_finished:
+                self._advance(request, len(request.tokens))
+        return list(requests)
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Generator[Piece, None, None]:
+        """Submits a prompt, and yields what each step adds; leaving the loop cancels it. Others step along."""
+        request = self.submit(prompt, **options)
+        try:
+            yield from self.follow(request)
+        finally:
+            self.cancel(request)
+
+    def follow(self, request: Request) -> Iterator[Piece]:
+        """Yields what a submitted request has, then what each step adds, until it is finished."""
+        reader = Reader(request)
+        while not reader.is_done:
+            self._advance(request, reader.num_seen)
+            yield from reader.read()
+
+    async def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
+        """`stream` for `async for`: steps run in a thread, so that the loop goes on; one step serves all who wait."""
+        request = self.submit(prompt, **options)
+        try:
+            async for piece in self.afollow(request):
+                yield piece
+        finally:
+            await asyncio.to_thread(self.cancel, request)
+
+    async def afollow(self, request: Request) -> AsyncIterator[Piece]:
+        """`follow` for `async for`."""
+        reader = Reader(request)
+        while not reader.is_done:
+            await asyncio.to_thread(self._advance, request, reader.num_seen)
+            for piece in reader.read():
+                yield piece
+
+    # -- stepping -----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are not running yet, or not again."""
+        return len(self.scheduler.inbox) + len(self.scheduler.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold pages."""
+        return len(self.scheduler.running)
+
+    def step(self) -> list[Request]:
+        """One forward of everything that runs, chunks of prompts included.
+
+        Returns:
+            The requests that got a token, finished ones included; empty if none did.
+
+        Raises:
+            NoPageError: nothing runs, and pins or others hold the pages that the first request needs. Nothing is lost:
+                step again when they let go.
+            Whatever the model raises: requests stand where they stood.
+
+        Cost: the model's forward, and on the host O(rows + pages + requests).
+        """
+        with self._lock:
+            batch = self.scheduler.next_batch()
+            if not batch.requests:
+                return []
+            try:
+                step = self.runner.prepare(batch)
+                logits = self.runner.forward(step)
+                families = [
+                    request.family()
+                    for request, size in zip(batch.requests, batch.num_new, strict=True)
+                    if request.num_done + size >= len(request.todo)
+                ]
+                tokens = self._sample(logits, families)
+            except BaseException:
+                self.scheduler.undo(batch)
+                raise
+            self.scheduler.done(batch)
+            return self._accept(families, tokens)
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request now; what it has computed is published. Nothing happens if it is finished."""
+        with self._lock:
+            if not request.is_finished:
+                request.finish_reason = "cancelled"
+                self._end(request, self.clock())
+
+    def fork(self, request: Request, *, sampling: Sampling) -> Request:
+        """Another answer to the same prompt, from where a request stands: its tokens so far are shared.
+
+        Before its first token that means from the first token on (best of n). Full pages are shared, the partly filled
+        one is copied. Where no page is free for that, the fork waits like a new request.
+
+        Raises:
+            SeqAttnError: the request is finished.
+        """
+        with self._lock:
+            if request.is_finished:
+                raise SeqAttnError(f"{request.id!r} is finished and cannot be forked: submit its tokens anew")
+            number = next(self._count)
+            child = request.copy(f"{self.name} {number}", Draw(sampling), self.clock(), number)
+            self._refuse_id(child.id, child.namespace)
+            self._open_ids.add(child.id)
+            if not request.tokens:
+                request.forks.append(child)
+            elif request in self.scheduler.running and not request.is_prefilling:
+                self.scheduler.fork(request, child)
+            else:
+                child.todo = child.all_tokens
+                self.scheduler.inbox.append(child)
+            return child
+
+    def close(self) -> None:
+        """Cancels everything, and gives the model the attention that it had before."""
+        with self._lock:
+            scheduler = self.scheduler
+            while scheduler.inbox or scheduler.waiting or scheduler.running:
+                for request in (*scheduler.inbox, *scheduler.waiting, *scheduler.running):
+                    self.cancel(request)
+            self.runner.close()
+
+    def __enter__(self) -> Self:
+        """Itself; `close` when the block is left."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes."""
+        self.close()
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _refuse_too_long(self, num_prompt: int, max_new_tokens: int) -> None:
+        num_tokens = num_prompt + max_new_tokens - 1  # the last token is never fed back
+        most, page_size = self.shape.max_positions, self.cache.tree.page_size
+        if most is not None and num_tokens > most:
+            raise LengthError(
+                f"{num_prompt} prompt tokens and {max_new_tokens} new ones do not fit the model's {most} positions: "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        num_pages = -(-num_tokens // page_size)
+        if num_pages > self.cache.manager.num_pages:
+            raise PromptTooLargeError(num_pages, self.cache.manager.num_pages)
+
+    def _refuse_id(self, request_id: Hashable, namespace: Hashable) -> None:
+        self.cache.descriptor.refuse_running(request_id)
+        if request_id in self._open_ids:
+            raise DuplicateSequenceError(request_id, "waits already: use another id")
+        try:
+            hash(namespace)
+        except TypeError as error:
+            raise BadValueError(f"namespace must be hashable, not {namespace!r}: {error}") from None
+
+    def _advance(self, request: Request, num_seen: int) -> None:
+        """Steps once, unless the request has more tokens than the caller has seen, or is finished."""
+        with self._lock:
+            if len(request.tokens) > num_seen or request.is_finished:
+                return
+            if not self.num_waiting + self.num_running:
+                raise SeqAttnError(f"{request.id!r} is no request of this engine")
+            self.step()
+
+    def _sample(self, logits: torch.Tensor, families: list[list[Request]]) -> list[int]:
+        """A token for each of `families`, the requests of one of which share a row of logits."""
+        if not families:
+            return []
+        draws = [request.draw for family in families for request in family]
+        if len(draws) > len(families):
+            logits = logits[[row for row, family in enumerate(families) for _ in family]]
+        return choose_tokens(logits, draws)
+
+    def _accept(self, families: list[list[Request]], tokens: list[int]) -> list[Request]:
+        """Gives requests their tokens, starts forks, and ends what is finished; returns the requests."""
+        now = self.clock()
+        requests = [request for family in families for request in family]
+        for request, token in zip(requests, tokens, strict=True):
+            request.accept(token, now)
+        for first, *forks in families:
+            for request in (first, *forks):
+                request.forks = []
+            for fork in forks:
+                if not fork.is_finished:
+                    self.scheduler.fork(first, fork)
+        for request in requests:
+            if request.is_finished:
+                self._end(request, now)
+        return requests
+
+    def _end(self, request: Request, now: float) -> None:
+        request.finished_at = now
+        self._open_ids.discard(request.id)
+        self.scheduler.end(request)
+
+
+def _end_tokens(model: Model, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The end tokens of the generation config, else of the tokenizer."""
+    config = getattr(model, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    if found is None:
+        found = getattr(tokenizer, "eos_token_id", None)
+    if found is None:
+        return frozenset()
+    return frozenset(found if isinstance(found, (list, tuple)) else [found])

@@ -1,0 +1,149 @@
+"""One step of a model: the batch as tensors, packed and planned once, and the forward.
+
+requests         a (decodes)   b (decodes)   c (3 tokens of its prompt)
+input_ids        [ a9            b4            c0 c1 c2 ]
+position_ids     [ 9             4             0  1  2  ]
+append_indptr    [ 0             1             2         5 ]
+last_rows        [ 0             1                   4  ]      if c's prompt ends here
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from radix.integrations.transformers.attention import NAME, Step
+from radix.integrations.transformers.model import describe
+from radix.integrations.transformers.packing import HybridPacker
+from seqattn.attention.front import PagedAttention
+from seqattn.errors import BadValueError, ModelError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from radix.cache import PrefixCache
+    from radix.integrations.transformers.model import Model
+    from radix.integrations.transformers.scheduler import Batch
+    from seqattn.hybrid import CostModel
+    from seqattn.packed import FlashInferPackedData
+
+__all__ = ["Packing", "Runner"]
+
+#: "hybrid" reads shared prefixes once, where that pays; "plain" reads them for each request
+Packing = Literal["hybrid", "plain"]
+
+
+class Runner:
+    """A model whose attention is the cache's.
+
+    Args:
+        model: a causal language model of transformers; from now on its attention is ours, until `close`.
+        cache: over a `PagedKVCacheManager` of the model's shape.
+        backend: of `PagedAttention`.
+        packing: see `Packing`.
+        cost_model: which shared runs become levels; "auto" is the attention's own on CUDA, and every run elsewhere.
+
+    Raises:
+        ModelError, MissingExtraError: as `describe`.
+        TensorError: the cache does not fit the model.
+        BadValueError: an unknown packing or backend.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: PrefixCache,
+        *,
+        backend: str = "auto",
+        packing: Packing = "hybrid",
+        cost_model: CostModel | Literal["auto"] | None = "auto",
+    ) -> None:
+        if packing not in ("hybrid", "plain"):
+            raise BadValueError(f"packing must be 'hybrid' or 'plain', not {packing!r}")
+        self.shape = describe(model)
+        manager = self.shape.check_manager(cache.manager)
+        self.attention = PagedAttention(manager, self.shape.num_qo_heads, backend=backend, sm_scale=self.shape.sm_scale)
+        self.model = model
+        self.cache = cache
+        self.packing = packing
+        if cost_model == "auto":
+            cost_model = self.attention.cost_model if self.attention.backend == "flashinfer" else None
+        self.packer = HybridPacker(cache, cost_model)
+        #: an engine that was there before has taken the model's own; this is what a model has unless told otherwise
+        usual = "sdpa" if model._supports_sdpa else "eager"
+        had: str = model.config._attn_implementation
+        self._had = usual if had == NAME else had
+
+    def close(self) -> None:
+        """Gives the model the attention that it had before."""
+        if self.model.config._attn_implementation == NAME:
+            self.model.set_attn_implementation(self._had)
+
+    def prepare(self, batch: Batch) -> Step:
+        """The batch as tensors on the model's device, and its attention planned; one copy besides the plan's own.
+
+        Cost: O(rows + pages).
+        """
+        requests = batch.requests
+        num_new = np.array(batch.num_new, dtype=np.int64)
+        num_done = np.array([request.num_done for request in requests], dtype=np.int64)
+        lens, ends = num_done + num_new, np.cumsum(num_new)
+        num_rows = int(ends[-1])
+        in_part = [r.num_done + n < len(r.todo) for r, n in zip(requests, batch.num_new, strict=True)]
+        last = ends[~np.array(in_part)] - 1
+        host = np.empty(2 * num_rows + len(last), dtype=np.int64)
+        np.concatenate(_tokens(batch), out=host[:num_rows])
+        host[num_rows : 2 * num_rows] = np.arange(num_rows) + np.repeat(lens - ends, num_new)
+        host[2 * num_rows :] = last
+        indptr = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
+        packed = self._plan(batch, lens.tolist() if any(in_part) else None)
+        on_device = torch.from_numpy(host).to(self.shape.device, non_blocking=True)
+        ids, positions = on_device[:num_rows][None], on_device[num_rows : 2 * num_rows][None]
+        rows = on_device[2 * num_rows :] if len(last) < num_rows else None
+        return Step(self.attention, packed, indptr, ids, positions, rows)
+
+    def _plan(self, batch: Batch, num_tokens: list[int] | None) -> FlashInferPackedData:
+        """Plans the attention; returns the plain tables, which appending needs."""
+        ids = [request.id for request in batch.requests]
+        packed = self.cache.pack_for_flashinfer(ids, num_tokens=num_tokens)
+        query_lens = None if batch.decodes else batch.num_new
+        if self.packing == "plain" or len(ids) == 1:
+            self.attention.plan(packed, query_lens=query_lens)
+        elif batch.decodes:
+            self.attention.plan(self.packer.pack(ids, batch.growth))
+        else:
+            data = self.cache.pack_hybrid_for_flashinfer(
+                ids, query_lens=query_lens, cost_model=self.packer.cost_model, num_tokens=num_tokens
+            )
+            self.attention.plan(data, query_lens=query_lens)
+        return packed
+
+    def forward(self, step: Step) -> torch.Tensor:
+        """Logits of the step's last rows, [last rows, vocabulary]; writes the KV of all its rows.
+
+        Raises:
+            ModelError: a layer did not come through the attention interface.
+        """
+        if self.model.config._attn_implementation != NAME:  # someone else used the model in between
+            self.model.set_attn_implementation(NAME)
+        options: dict[str, Any] = {}
+        if step.last_rows is not None and self.shape.keeps_logits:
+            options["logits_to_keep"] = step.last_rows
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=step.input_ids, position_ids=step.position_ids, use_cache=False, radix_step=step, **options
+            )
+        if step.num_calls != self.shape.num_layers:
+            raise ModelError(self.shape.name, f"{self.shape.num_layers} layers, of which {step.num_calls} attended")
+        logits: torch.Tensor = output.logits[0]
+        return logits if options or step.last_rows is None else logits[step.last_rows]
+
+
+def _tokens(batch: Batch) -> list[npt.NDArray[np.int32]]:
+    """The new tokens of a batch, in its order."""
+    at = batch.num_decoding
+    decoded = np.array([request.tokens[-1] for request in batch.requests[:at]], dtype=np.int32)
+    chunks = zip(batch.requests[at:], batch.num_new[at:], strict=True)
+    return [decoded, *[r.todo[r.num_done : r.num_done + size] for r, size in chunks]]

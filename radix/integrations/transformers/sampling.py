@@ -1,0 +1,130 @@
+"""Choosing the next token: the most likely one, or one drawn with a seed of the request's own.
+
+A draw is one uniform number u in [0, 1) from the request's generator; the token is where the cumulated probability
+passes u (inversion: Devroye, Non-Uniform Random Variate Generation, 1986, II.2). So a request's tokens depend on its
+seed and its logits, whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from attrs import define, field
+
+from seqattn.counts import is_int
+from seqattn.errors import BadValueError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from attrs import Attribute
+
+__all__ = ["Draw", "Sampling", "choose_tokens"]
+
+
+def _temperature(_: object, __: Attribute[float], value: float) -> None:
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise BadValueError(f"temperature must be a number of at least 0, not {value!r}: 0 is greedy")
+
+
+def _top_k(_: object, __: Attribute[int | None], value: int | None) -> None:
+    if value is not None and (not is_int(value) or value < 1):
+        raise BadValueError(f"top_k must be an integer of at least 1, or None for all tokens, not {value!r}")
+
+
+def _top_p(_: object, __: Attribute[float], value: float) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise BadValueError(f"top_p must be in (0, 1], not {value!r}")
+
+
+def _seed(_: object, __: Attribute[int], value: int) -> None:
+    if not is_int(value) or value < 0:
+        raise BadValueError(f"seed must be an integer of at least 0, not {value!r}")
+
+
+@define(slots=True, frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the most likely token, the first of equals.
+        top_k: only so many of the most likely tokens; None for all.
+        top_p: only the fewest of the most likely tokens whose probabilities add up to this.
+        seed: of the request's own generator. The same seed and prompt give the same tokens in any batch, but where
+            floating-point noise moves a probability across the number that was drawn.
+
+    Raises:
+        BadValueError: a value out of range.
+    """
+
+    temperature: float = field(default=0.0, validator=_temperature)
+    top_k: int | None = field(default=None, validator=_top_k)
+    top_p: float = field(default=1.0, validator=_top_p)
+    seed: int = field(default=0, validator=_seed)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0
+
+
+class Draw:
+    """The sampling of one request: its options and its generator; raises BadValueError if they are no `Sampling`."""
+
+    __slots__ = ("random", "sampling")
+
+    def __init__(self, sampling: Sampling) -> None:
+        # Callers without type checks pass a temperature.
+        given: object = sampling
+        if not isinstance(given, Sampling):
+            raise BadValueError(f"sampling must be a Sampling, not {given!r}")
+        self.sampling = sampling
+        self.random = None if sampling.is_greedy else np.random.Generator(np.random.PCG64(sampling.seed))
+
+    def uniform(self) -> float:
+        """The next number in [0, 1); only for a request that is not greedy."""
+        return 0.0 if self.random is None else self.random.random()
+
+
+def choose_tokens(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    """A token for each row of logits [rows, vocabulary]; waits for the device once, twice if anything is drawn.
+
+    Cost: an argmax, and for the rows that draw a softmax and a cumulated sum, with a sort where top_k or top_p is set.
+    """
+    drawn = [i for i, draw in enumerate(draws) if draw.random is not None]
+    if not drawn:
+        greedy: list[int] = logits.argmax(dim=-1).tolist()
+        return greedy
+    index = torch.tensor(drawn, device=logits.device)
+    tokens = logits.argmax(dim=-1)
+    tokens[index] = _drawn_tokens(logits[index], [draws[i] for i in drawn])
+    chosen: list[int] = tokens.tolist()
+    return chosen
+
+
+def _drawn_tokens(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """A drawn token for each row, int64 [rows]."""
+    options = [draw.sampling for draw in draws]
+    uniform = [draw.uniform() for draw in draws]
+    columns = torch.tensor(
+        [[o.temperature, o.top_p, o.top_k or logits.shape[-1], u] for o, u in zip(options, uniform, strict=True)],
+        dtype=torch.float64,
+        device=logits.device,
+    )
+    temperature, top_p, top_k, number = columns.unsqueeze(-1).unbind(1)
+    scores = logits.double() / temperature
+    order = None
+    if any(o.top_k is not None or o.top_p < 1 for o in options):
+        scores, order = scores.sort(dim=-1, descending=True, stable=True)
+        scores = scores.masked_fill(torch.arange(scores.shape[-1], device=scores.device) >= top_k, -math.inf)
+    cumulated = torch.softmax(scores, dim=-1).cumsum(dim=-1)
+    # Where the tokens that are kept end: at the first whose sum reaches top_p. Rounding may leave the last sum below 1.
+    kept = cumulated[:, -1:]
+    if order is not None:
+        last = torch.searchsorted(cumulated, torch.minimum(top_p, kept))
+        kept = cumulated.gather(1, last.clamp(max=cumulated.shape[-1] - 1))
+    place = torch.searchsorted(cumulated, number * kept, right=True).clamp(max=cumulated.shape[-1] - 1)
+    return (place if order is None else order.gather(1, place)).squeeze(1)

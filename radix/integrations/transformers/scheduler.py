@@ -1,0 +1,228 @@
+"""Which requests run, and what each step computes.
+
+    submit ──▶ inbox ──▶ waiting ──admit──▶ running: prefilling ──▶ decoding ──▶ ended
+                            ▲                              │
+                            └────────── preempt ───────────┘   when no page is left for the next tokens
+
+A step has a budget of tokens. Every decoding request gets one, what is left goes to prompts in chunks, oldest first.
+
+Admission is in order of arrival, with two exceptions: a prompt that shares at least a page of uncached tokens with one
+that is being computed waits for it to publish them, while others pass by; and after a preemption nothing is admitted
+until a request ends, so that two requests do not take each other's pages in turn. The oldest request is never
+preempted while another runs, so it always comes to its end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import numpy as np
+from attrs import define, field
+
+from radix.tokens import TOKEN_BYTES, common_bytes
+from seqattn.errors import NoPageError
+
+if TYPE_CHECKING:
+    from radix.cache import PrefixCache
+    from radix.integrations.transformers.request import Request
+
+__all__ = ["Batch", "Growth", "Scheduler"]
+
+#: versions of the page tables before and after something
+Growth: TypeAlias = tuple[int, int]
+
+
+class Batch(NamedTuple):
+    """What one step computes.
+
+    Attributes:
+        requests: those that decode first, then those whose prompts are computed.
+        num_decoding: how many decode.
+        num_new: tokens of each, at least 1.
+        growth: versions of the page tables before and after those that decode were extended; None if none does.
+    """
+
+    requests: list[Request]
+    num_decoding: int
+    num_new: list[int]
+    growth: Growth | None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether nothing but decoding is computed."""
+        return self.num_decoding == len(self.requests)
+
+
+@define(slots=True, eq=False)
+class Scheduler:
+    """Requests on their way through a cache; not safe for threads, but for `inbox.append`.
+
+    A running request is a sequence of the cache under its id; from `end` or `preempt` on it is none.
+
+    Attributes:
+        cache: where they run.
+        max_requests: that run at a time.
+        max_tokens: of one step.
+        inbox: submitted, not yet seen.
+        waiting: to be admitted, in order.
+        running: in order of admission.
+        is_holding: a request was preempted and none has ended since.
+    """
+
+    cache: PrefixCache
+    max_requests: int
+    max_tokens: int
+    inbox: deque[Request] = field(factory=deque)
+    waiting: deque[Request] = field(factory=deque)
+    running: list[Request] = field(factory=list)
+    is_holding: bool = False
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def next_batch(self) -> Batch:
+        """Admits requests, and makes room for the next tokens; what decodes is extended by its newest token.
+
+        Raises:
+            NoPageError: nothing runs, and the pages of the first that waits are held by others, pins for example.
+        """
+        self.admit()
+        decoding, growth = self._extend([r for r in self.running if not r.is_prefilling])
+        budget = self.max_tokens - len(decoding)
+        requests, num_new = decoding[:], [1] * len(decoding)
+        for request in self.running:
+            if request.is_prefilling and budget:
+                size = min(budget, len(request.todo) - request.num_done)
+                requests.append(request)
+                num_new.append(size)
+                budget -= size
+        return Batch(requests, len(decoding), num_new, growth)
+
+    def undo(self, batch: Batch) -> None:
+        """Takes back what `next_batch` added to the sequences: the step failed."""
+        for request in batch.requests[: batch.num_decoding]:
+            self.cache.truncate(request.id, request.num_done)
+
+    def done(self, batch: Batch) -> None:
+        """The KV of a batch is written: publishes what it computed of prompts."""
+        for i, (request, size) in enumerate(zip(batch.requests, batch.num_new, strict=True)):
+            request.num_done += size
+            if i >= batch.num_decoding:
+                request.num_computed_tokens += size
+                self.cache.publish(request.id, num_tokens=request.num_done)
+
+    def _extend(self, decoding: list[Request]) -> tuple[list[Request], Growth | None]:
+        """Extends what decodes by one token each, preempting the newest requests until there is room."""
+        while decoding:
+            tokens = np.array([request.tokens[-1] for request in decoding], dtype=np.int32)
+            try:
+                with self.cache.lock:
+                    version = self.cache.descriptor.tables_version
+                    self.cache.extend([request.id for request in decoding], tokens)
+                    return decoding, (version, self.cache.descriptor.tables_version)
+            except NoPageError:
+                victim = max(self.running, key=lambda request: request.arrival)
+                self.preempt(victim)
+                decoding = [request for request in decoding if request is not victim]
+        return [], None
+
+    # -- coming and going ---------------------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Starts what waits, while there is room."""
+        self._collect()
+        if self.is_holding and self.running:
+            return
+        passed: list[Request] = []
+        # Looking further than that would cost more with every request that waits.
+        while self.waiting and len(self.running) < self.max_requests and len(passed) < self.max_requests:
+            request = self.waiting.popleft()
+            if self._waits_for_another(request):
+                passed.append(request)
+                continue
+            try:
+                self._start(request)
+            except BaseException as error:
+                self.waiting.appendleft(request)
+                if isinstance(error, NoPageError) and self.running:
+                    break
+                self.waiting.extendleft(reversed(passed))
+                raise
+        self.waiting.extendleft(reversed(passed))
+
+    def _collect(self) -> None:
+        """Empties the inbox; others may fill it meanwhile."""
+        while self.inbox:
+            self.waiting.append(self.inbox.popleft())
+
+    def _start(self, request: Request) -> None:
+        started = self.cache.start(request.id, request.todo, namespace=request.namespace)
+        request.begin(started.num_cached_tokens)
+        self.running.append(request)
+
+    def fork(self, request: Request, child: Request) -> None:
+        """Runs `child` from where `request` stands, if there is room; else it waits, to find what is published."""
+        child.todo = request.todo
+        if len(self.running) < self.max_requests:
+            try:
+                self.cache.fork(request.id, child.id)
+            except NoPageError:
+                pass
+            else:
+                child.begin(len(child.prompt))
+                child.num_done = request.num_done
+                self.running.append(child)
+                return
+        child.todo = child.all_tokens
+        self.waiting.appendleft(child)
+
+    def preempt(self, request: Request) -> None:
+        """Publishes the full pages that a running request has computed, lets it go, and puts it first in the queue."""
+        self.cache.publish(request.id, num_tokens=request.num_done)
+        self.cache.abort(request.id)
+        self.running.remove(request)
+        request.put_back()
+        self.waiting.appendleft(request)
+        self.is_holding = True
+
+    def end(self, request: Request) -> None:
+        """Lets a request go, wherever it is; publishes what a running one has computed. Its forks wait alone."""
+        if request in self.running:
+            self.cache.finish(request.id, num_tokens=request.num_done)
+            self.running.remove(request)
+            self.is_holding = False
+        else:
+            self._collect()
+            if request in self.waiting:
+                self.waiting.remove(request)
+        self.waiting.extendleft(child for child in reversed(request.forks) if not child.is_finished)
+        request.forks = []
+
+    # -- equal prompts -------------------------------------------------------------------------------------------------
+
+    def _waits_for_another(self, request: Request) -> bool:
+        """Whether a request that is being computed will soon publish more of this prompt than the cache has."""
+        if request.leader is not None and self._is_ahead(*request.leader):
+            return True
+        request.leader = None
+        leaders = [r for r in self.running if r.is_prefilling and r.namespace == request.namespace]
+        useful = [(self._num_useful(request, leader), leader) for leader in leaders]
+        num_useful, leader = max(useful, key=lambda pair: pair[0], default=(0, request))
+        page_size = self.cache.tree.page_size
+        if num_useful < page_size or not self._is_ahead(leader, num_useful):
+            return False
+        num_cached = self.cache.match(request.todo, namespace=request.namespace).num_tokens
+        if num_useful - num_cached >= page_size:
+            request.leader = leader, num_useful
+        return request.leader is not None
+
+    def _num_useful(self, request: Request, leader: Request) -> int:
+        """Tokens of a prompt that another's full pages will hold."""
+        page_size = self.cache.tree.page_size
+        full = leader.todo[: len(leader.todo) // page_size * page_size].tobytes()
+        return min(common_bytes(full, request.todo.tobytes()) // TOKEN_BYTES, len(request.todo) - 1)
+
+    def _is_ahead(self, leader: Request, num_tokens: int) -> bool:
+        """Whether a request is still to publish the first `num_tokens` tokens of its prompt."""
+        page_size = self.cache.tree.page_size
+        return leader.is_prefilling and leader in self.running and leader.num_done // page_size * page_size < num_tokens

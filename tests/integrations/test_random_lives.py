@@ -1,0 +1,95 @@
+"""Random lives of an engine in a cache too small for it: every answer is right, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+
+from radix.integrations.transformers import Engine, Request, Sampling
+from radix.integrations.transformers.attention import Step
+from radix.integrations.transformers.scheduler import Growth
+from seqattn import FlashInferHybridData
+from seqattn.hybrid import check_hybrid
+from tests.integrations.models import check_all_free, engine_for, generated, prompt
+
+pytest.importorskip("transformers", reason="needs the extra chat")
+
+MOST_NEW = 12
+SYSTEM = prompt(1, 13)
+POOL = [SYSTEM + prompt(i, 1 + i * 2) for i in range(6)] + [prompt(20 + i, 3 + 5 * i) for i in range(4)]
+
+
+def expect_right(request: Request) -> None:
+    """A finished request has the tokens of the truth, a cancelled one the first of them."""
+    want = generated("Llama", request.prompt.tolist(), MOST_NEW)
+    have = len(request.tokens) if request.finish_reason == "cancelled" else request.max_new_tokens
+    assert request.tokens == want[:have], f"{request.id} {request.finish_reason}"
+
+
+def step_that_fails(engine: Engine) -> None:
+    """A step whose forward ends in an error, after it has written what it computed."""
+    forward = engine.runner.forward
+
+    def fails(step: Step) -> torch.Tensor:
+        forward(step)
+        raise RuntimeError("out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.runner, "forward", fails)
+        with suppress(RuntimeError):
+            assert engine.step() == [], "there was nothing to compute"
+
+
+def check_packing(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    """From now on, proves each hybrid batch, and compares it with one that is packed anew."""
+    packer = engine.runner.packer
+    pack = packer.pack
+
+    def checked(ids: list[Hashable], growth: Growth | None) -> FlashInferHybridData:
+        data = pack(ids, growth)
+        tables, lens = engine.cache.descriptor.tables(ids)
+        check_hybrid(data, tables, lens, None, engine.cache.tree.page_size)
+        anew = engine.cache.pack_hybrid_for_flashinfer(ids)
+        assert [level.kv_page_indices.tolist() for level in data.levels] == [
+            level.kv_page_indices.tolist() for level in anew.levels
+        ]
+        return data
+
+    patch.setattr(packer, "pack", checked)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_answer_of_a_random_life_is_right_and_no_page_is_lost(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(seed)
+    engine = engine_for(num_pages=14, page_size=4, max_requests=5, max_tokens_per_step=int(random.integers(5, 24)))
+    check_packing(engine, monkeypatch)
+    requests: list[Request] = []
+    for _ in range(120):
+        open_ones = [request for request in requests if not request.is_finished]
+        action = random.choice(
+            ["submit", "step", "cancel", "fork", "evict", "fail"], p=[0.25, 0.5, 0.05, 0.1, 0.05, 0.05]
+        )
+        if action == "submit" and len(open_ones) < 12:
+            ids, tenant = POOL[random.integers(len(POOL))], [None, "a"][random.integers(2)]
+            requests.append(engine.submit(ids, max_new_tokens=int(random.integers(1, MOST_NEW)), namespace=tenant))
+        elif action == "cancel" and open_ones:
+            engine.cancel(open_ones[random.integers(len(open_ones))])
+        elif action == "fork" and open_ones:
+            requests.append(engine.fork(open_ones[random.integers(len(open_ones))], sampling=Sampling()))
+        elif action == "evict":
+            engine.cache.evict(3)
+        elif action == "fail":
+            step_that_fails(engine)
+        else:
+            engine.step()
+        engine.cache.check()
+    engine.wait(requests)
+    for request in requests:
+        expect_right(request)
+    assert engine.cache.stats.num_evicted_pages > 0
+    assert min(engine.runner.packer.num_full, engine.runner.packer.num_grown) > 0
+    check_all_free(engine)

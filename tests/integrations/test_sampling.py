@@ -1,0 +1,109 @@
+"""Drawn tokens: right frequencies, the options' effect, and seeds that mean the same in every batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from radix.integrations.transformers import Sampling
+from radix.integrations.transformers.sampling import Draw, choose_tokens
+from seqattn import BadValueError
+from tests.integrations.models import engine_for, prompt
+
+LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]))
+NUM_DRAWS = 20_000
+
+
+def frequencies(sampling: Sampling, logits: torch.Tensor = LOGITS) -> np.ndarray[Any, Any]:
+    """How often each token is drawn, by one request again and again."""
+    draw = Draw(sampling)
+    tokens = choose_tokens(logits.expand(NUM_DRAWS, -1), [draw] * NUM_DRAWS)
+    return np.bincount(tokens, minlength=len(logits)) / NUM_DRAWS
+
+
+@pytest.mark.parametrize(
+    ("sampling", "want"),
+    [
+        (Sampling(temperature=1.0), [0.1, 0.4, 0.05, 0.25, 0.2]),
+        (Sampling(temperature=0.5), np.square([0.1, 0.4, 0.05, 0.25, 0.2]) / 0.275),
+        (Sampling(temperature=1.0, top_k=2), [0, 40 / 65, 0, 25 / 65, 0]),
+        (Sampling(temperature=1.0, top_k=99), [0.1, 0.4, 0.05, 0.25, 0.2]),
+        (Sampling(temperature=1.0, top_p=0.6), [0, 40 / 65, 0, 25 / 65, 0]),
+        (Sampling(temperature=1.0, top_p=0.7), [0, 40 / 85, 0, 25 / 85, 20 / 85]),
+        (Sampling(temperature=1.0, top_k=3, top_p=0.5), [0, 40 / 65, 0, 25 / 65, 0]),
+        (Sampling(temperature=1.0, top_p=1e-9), [0, 1, 0, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_as_often_as_they_are_likely(sampling: Sampling, want: list[float]) -> None:
+    got = frequencies(sampling)
+    assert np.abs(got - want).max() < 4 * 0.5 / np.sqrt(NUM_DRAWS)
+    assert (got[np.asarray(want) == 0] == 0).all()
+
+
+def test_greedy_takes_the_first_of_equals_and_draws_nothing() -> None:
+    assert choose_tokens(torch.tensor([[0.0, 2.0, 2.0]]), [Draw(Sampling())]) == [1]
+    mixed = [Draw(Sampling()), Draw(Sampling(temperature=5.0, seed=3)), Draw(Sampling())]
+    assert [choose_tokens(LOGITS.expand(3, -1), mixed)[i] for i in (0, 2)] == [1, 1]
+
+
+def test_an_impossible_token_is_never_drawn_not_even_by_the_largest_number() -> None:
+    class Largest(Draw):
+        def uniform(self) -> float:
+            return float(np.nextafter(1, 0))
+
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
+    for options in ({}, {"top_p": 0.9}, {"top_k": 3}):
+        assert choose_tokens(logits, [Largest(Sampling(temperature=1.0, **options))])[0] in {1, 2}
+
+
+def test_half_precision_logits_are_drawn_from_in_full() -> None:
+    flat = torch.zeros(4096, dtype=torch.bfloat16)
+    assert (frequencies(Sampling(temperature=1.0), flat) > 0).mean() > 0.9
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.8}])
+def test_a_seed_gives_the_same_answer_alone_in_a_batch_warm_and_after_preemption(options: dict[str, Any]) -> None:
+    pytest.importorskip("transformers", reason="needs the extra chat")
+    prompts, samplings = [prompt(i, 20) for i in range(4)], [Sampling(1.5, seed=i, **options) for i in range(4)]
+    alone = []
+    for ids, sampling in zip(prompts, samplings, strict=True):
+        alone += engine_for().generate([ids], max_new_tokens=20, sampling=sampling, stop_tokens=())
+    for num_pages in (256, 10):
+        engine = engine_for(num_pages=num_pages)
+        for _ in range(2):
+            pairs = zip(prompts, samplings, strict=True)
+            requests = [engine.submit(ids, max_new_tokens=20, sampling=s, stop_tokens=()) for ids, s in pairs]
+            engine.wait(requests)
+            assert [each.tokens for each in requests] == [each.tokens for each in alone]
+        preemptions = sum(each.num_preemptions for each in requests)
+        assert (preemptions > 0) == (num_pages == 10)
+
+
+def test_two_seeds_give_two_answers() -> None:
+    pytest.importorskip("transformers", reason="needs the extra chat")
+    engine = engine_for()
+    answers = [
+        engine.generate([prompt(1, 9)], max_new_tokens=12, sampling=Sampling(1.0, seed=seed))[0] for seed in (1, 2)
+    ]
+    assert answers[0].tokens != answers[1].tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"temperature": -1.0}, "temperature must be a number of at least 0, not -1.0"),
+        ({"temperature": float("nan")}, "not nan"),
+        ({"temperature": "hot"}, "not 'hot'"),
+        ({"top_k": 0}, "top_k must be an integer of at least 1"),
+        ({"top_k": 1.5}, "not 1.5"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], not 0.0"),
+        ({"top_p": 1.1}, "not 1.1"),
+        ({"seed": -1}, "seed must be an integer of at least 0, not -1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(BadValueError, match=problem):
+        Sampling(**options)
