@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_chat --out DIR [--trace conversation_trace.jsonl.gz] [--only agree host decode …] [--tiny]
 
 first    time to the first token of a new message after 8k and 32k cached tokens, and of the same prompt cold
-decode   tokens per second of 64 conversations on one 8k system prompt: hybrid and plain packing
+decode   tokens per second of 64 conversations on one 8k system prompt: hybrid and plain packing, also in CUDA graphs
 static   the same by transformers' `generate` with a static cache, eager; `compiled` lets it compile its decoding
 agree    hybrid and plain packing on the same state, step by step: how often the greedy token is the same, and by how
          many bfloat16 steps the two best logits are apart where it is not
@@ -20,12 +20,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import gzip
 import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,13 +34,15 @@ import torch
 from benchmarks.chat_models import llama
 from benchmarks.gpu_chat_both import Both
 from benchmarks.gpu_chat_host import host_rows
+from benchmarks.gpu_chat_trace import prompts_of
 from radix import PrefixCache
 from radix.integrations.transformers import Engine, Request, manager_for
 from radix.integrations.transformers.runner import Packing
 
 Row = dict[str, Any]
 PAGE_SIZE = 16
-PACKINGS: tuple[Packing, ...] = ("plain", "hybrid")
+#: packing, and whether decoding is captured in CUDA graphs
+VARIANTS: list[tuple[Packing, bool]] = [("plain", False), ("hybrid", False), ("plain", True), ("hybrid", True)]
 
 
 class Sizes(NamedTuple):
@@ -79,17 +80,28 @@ class Work:
         ids: list[int] = self.random.integers(3, self.model.config.vocab_size, num).tolist()
         return ids
 
-    def engine(self, num_pages: int, packing: Packing = "hybrid", max_requests: int = 64) -> Engine:
+    def engine(
+        self, num_pages: int, packing: Packing = "hybrid", max_requests: int = 64, graph_sizes: Sequence[int] = ()
+    ) -> Engine:
         """An engine over a new cache."""
         cache = PrefixCache(manager_for(self.model, num_pages=num_pages, page_size=PAGE_SIZE))
         budget = self.sizes.budget
-        return Engine(self.model, None, cache, max_requests=max_requests, max_tokens_per_step=budget, packing=packing)
+        return Engine(
+            self.model,
+            None,
+            cache,
+            max_requests=max_requests,
+            max_tokens_per_step=budget,
+            packing=packing,
+            graph_sizes=graph_sizes,
+        )
 
-    def batch_engine(self, packing: Packing) -> tuple[Engine, list[Request]]:
+    def batch_engine(self, packing: Packing, *, in_graph: bool = False) -> tuple[Engine, list[Request]]:
         """Conversations that share a system prompt and have just got their first token."""
         sizes = self.sizes
         own = -(-(sizes.message + 2 * sizes.steps + 64) // PAGE_SIZE)
-        engine = self.engine(sizes.system // PAGE_SIZE + sizes.batch * own + 8, packing, sizes.batch)
+        num_pages, graph_sizes = sizes.system // PAGE_SIZE + sizes.batch * own + 8, (sizes.batch,) if in_graph else ()
+        engine = self.engine(num_pages, packing, sizes.batch, graph_sizes)
         system = self.tokens(sizes.system)
         engine.generate([system], max_new_tokens=1)
         prompts = [system + self.tokens(sizes.message) for _ in range(sizes.batch)]
@@ -122,8 +134,8 @@ def first(work: Work) -> Iterator[Row]:
 
 def decode(work: Work) -> Iterator[Row]:
     """Tokens per second of the engine."""
-    for packing in PACKINGS:
-        engine, _ = work.batch_engine(packing)
+    for packing, in_graph in VARIANTS:
+        engine, _ = work.batch_engine(packing, in_graph=in_graph)
         with engine:
             for _ in range(8):
                 engine.step()
@@ -133,7 +145,12 @@ def decode(work: Work) -> Iterator[Row]:
             seconds = time.perf_counter() - begin
             engine.cache.check()
         rate = work.sizes.batch * work.sizes.steps / seconds
-        yield {"packing": packing, "tokens_per_s": rate, "step_ms": seconds / work.sizes.steps * 1e3}
+        yield {
+            "packing": packing,
+            "in_graph": in_graph,
+            "tokens_per_s": rate,
+            "step_ms": seconds / work.sizes.steps * 1e3,
+        }
 
 
 def static(work: Work, *, is_compiled: bool = False) -> Iterator[Row]:
@@ -188,10 +205,10 @@ def agree(work: Work) -> Iterator[Row]:
 
 def host(work: Work) -> Iterator[Row]:
     """What a decode step costs the CPU, part by part."""
-    for packing in PACKINGS:
-        engine, _ = work.batch_engine(packing)
+    for packing, in_graph in VARIANTS:
+        engine, _ = work.batch_engine(packing, in_graph=in_graph)
         with engine:
-            yield {"packing": packing} | host_rows(engine, work.sizes.steps // 4 + 2)
+            yield {"packing": packing, "in_graph": in_graph} | host_rows(engine, work.sizes.steps // 4 + 2)
 
 
 def replay(work: Work) -> Iterator[Row]:
@@ -202,7 +219,9 @@ def replay(work: Work) -> Iterator[Row]:
     sizes = work.sizes
     with work.engine(sizes.replay_pages, max_requests=min(256, sizes.budget)) as engine:
         begin, requests, num_checks = time.perf_counter(), [], 0
-        for number, (ids, num_new) in enumerate(read(work.trace, work.model.config.vocab_size, sizes.requests)):
+        for number, (ids, num_new) in enumerate(
+            prompts_of(work.trace, work.model.config.vocab_size, sizes.requests, PAGE_SIZE)
+        ):
             requests.append(engine.submit(ids, max_new_tokens=num_new, stop_tokens=()))
             while engine.num_waiting > 256:
                 engine.step()
@@ -227,19 +246,6 @@ def replay(work: Work) -> Iterator[Row]:
         "preemptions": sum(request.num_preemptions for request in requests),
         "evicted_pages": engine.cache.stats.num_evicted_pages,
     }
-
-
-def read(trace: Path, vocab_size: int, num_requests: int) -> Iterator[tuple[np.ndarray[Any, Any], int]]:
-    """Prompts of a trace of hashed blocks, a page of random tokens for each, and lengths of answers, a 32nd of its."""
-    pages: dict[int, np.ndarray[Any, Any]] = {}
-    with gzip.open(trace, "rt", encoding="utf-8") as lines:
-        for _, line in zip(range(num_requests), lines, strict=False):
-            record = json.loads(line)
-            for block in record["hash_ids"]:
-                if block not in pages:
-                    pages[block] = np.random.default_rng(block).integers(3, vocab_size, PAGE_SIZE)
-            ids = np.concatenate([pages[block] for block in record["hash_ids"]])
-            yield ids[: max(1, record["input_length"] // 32)], max(1, record["output_length"] // 32)
 
 
 PARTS: dict[str, Callable[[Work], Iterator[Row]]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from radix.integrations.transformers import Engine
-from radix.integrations.transformers.attention import Step
 from radix.integrations.transformers.runner import Runner
 from radix.integrations.transformers.scheduler import Batch
 
@@ -36,8 +35,7 @@ class Both:
 
     @staticmethod
     def _logits(runner: Runner, batch: Batch) -> torch.Tensor:
-        step: Step = runner.prepare(batch)
-        return runner.forward(step)
+        return runner.forward(runner.prepare(batch))
 
     def _compare(self, hybrid: torch.Tensor, plain: torch.Tensor) -> None:
         best = plain.topk(2, dim=-1).values

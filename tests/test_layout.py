@@ -89,6 +89,7 @@ ORDER = [
     "radix/integrations/transformers/text.py",
     "radix/integrations/transformers/request.py",
     "radix/integrations/transformers/reader.py",
+    "radix/integrations/transformers/graphs.py",
     "radix/integrations/transformers/scheduler.py",
     "radix/integrations/transformers/packing.py",
     "radix/integrations/transformers/runner.py",

@@ -134,6 +134,16 @@ def test_plain_and_hybrid_packing_answer_alike(kind: str) -> None:
         expect_equal(engine, kind, prompts)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_equal_where_decoding_goes_through_graphs(kind: str) -> None:
+    for packing in ("plain", "hybrid"):
+        engine = engine_for(kind, packing=packing, graph_sizes=(1, 8), num_pages=24)
+        expect_equal(engine, kind, PROMPTS)
+        assert engine.runner.graphs is not None
+        assert engine.runner.graphs.num_eager > 0, "there is no graph on the CPU, but the same way"
+        check_all_free(engine)
+
+
 def test_an_answer_ends_with_the_end_token_as_that_of_generate_does() -> None:
     ended = [ids for i in range(60) if (ids := prompt(500 + i, 4)) and generated("Qwen3", ids, NUM_NEW)[-1] == END]
     assert ended, "no prompt ends early: draw more"

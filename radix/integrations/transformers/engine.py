@@ -72,6 +72,8 @@ class Engine:
         backend: of `PagedAttention`: "auto", "flashinfer" or "torch".
         packing: "hybrid" reads what requests share once a step, where that pays; "plain" reads it for each.
         cost_model: which shared runs pay; "auto" is the attention's own on CUDA, and every run elsewhere (None).
+        graph_sizes: batch sizes for which decoding is captured in CUDA graphs, (1, 8, 64) say: a batch is padded to the
+            next one. None by default: a graph is for models whose forward only launches, and takes memory.
         name: requests without an id get the ids "NAME 0", "NAME 1", …
         clock: seconds, for the figures of requests.
 
@@ -100,6 +102,7 @@ class Engine:
         backend: str = "auto",
         packing: Packing = "hybrid",
         cost_model: CostModel | Literal["auto"] | None = "auto",
+        graph_sizes: Sequence[int] = (),
         name: str = "request",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -107,7 +110,9 @@ class Engine:
         budget = positive("max_tokens_per_step", max_tokens_per_step)
         if budget < most:
             raise BadValueError(f"max_tokens_per_step {budget} is below max_requests {most}: each needs a token a step")
-        self.runner = Runner(model, cache, backend=backend, packing=packing, cost_model=cost_model)
+        self.runner = Runner(
+            model, cache, backend=backend, packing=packing, cost_model=cost_model, graph_sizes=graph_sizes
+        )
         self.model, self.tokenizer, self.cache = model, tokenizer, cache
         self.shape: ModelShape = self.runner.shape
         self.end_tokens = _end_tokens(model, tokenizer)

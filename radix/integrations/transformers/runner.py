@@ -15,19 +15,23 @@ import numpy as np
 import torch
 
 from radix.integrations.transformers.attention import NAME, Step
+from radix.integrations.transformers.graphs import GraphStep, graphs_for
 from radix.integrations.transformers.model import describe
 from radix.integrations.transformers.packing import HybridPacker
 from seqattn.attention.front import PagedAttention
 from seqattn.errors import BadValueError, ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
     import numpy.typing as npt
 
     from radix.cache import PrefixCache
     from radix.integrations.transformers.model import Model
     from radix.integrations.transformers.scheduler import Batch
+    from seqattn.attention.graphs import DecodeGraphs
     from seqattn.hybrid import CostModel
-    from seqattn.packed import FlashInferPackedData
+    from seqattn.packed import FlashInferHybridData, FlashInferPackedData
 
 __all__ = ["Packing", "Runner"]
 
@@ -44,6 +48,7 @@ class Runner:
         backend: of `PagedAttention`.
         packing: see `Packing`.
         cost_model: which shared runs become levels; "auto" is the attention's own on CUDA, and every run elsewhere.
+        graph_sizes: batch sizes of CUDA graphs for decoding; none by default.
 
     Raises:
         ModelError, MissingExtraError: as `describe`.
@@ -59,6 +64,7 @@ class Runner:
         backend: str = "auto",
         packing: Packing = "hybrid",
         cost_model: CostModel | Literal["auto"] | None = "auto",
+        graph_sizes: Sequence[int] = (),
     ) -> None:
         if packing not in ("hybrid", "plain"):
             raise BadValueError(f"packing must be 'hybrid' or 'plain', not {packing!r}")
@@ -71,6 +77,12 @@ class Runner:
         if cost_model == "auto":
             cost_model = self.attention.cost_model if self.attention.backend == "flashinfer" else None
         self.packer = HybridPacker(cache, cost_model)
+        self.graphs: DecodeGraphs[torch.Tensor] | None = None
+        if graph_sizes:
+            most = min(
+                self.shape.max_positions or manager.num_pages * manager.page_size, manager.num_pages * manager.page_size
+            )
+            self.graphs = graphs_for(model, self.attention, graph_sizes, max_tokens=most)
         #: an engine that was there before has taken the model's own; this is what a model has unless told otherwise
         usual = "sdpa" if model._supports_sdpa else "eager"
         had: str = model.config._attn_implementation
@@ -81,7 +93,7 @@ class Runner:
         if self.model.config._attn_implementation == NAME:
             self.model.set_attn_implementation(self._had)
 
-    def prepare(self, batch: Batch) -> Step:
+    def prepare(self, batch: Batch) -> Step | GraphStep:
         """The batch as tensors on the model's device, and its attention planned; one copy besides the plan's own.
 
         Cost: O(rows + pages).
@@ -97,37 +109,46 @@ class Runner:
         np.concatenate(_tokens(batch), out=host[:num_rows])
         host[num_rows : 2 * num_rows] = np.arange(num_rows) + np.repeat(lens - ends, num_new)
         host[2 * num_rows :] = last
-        indptr = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
-        packed = self._plan(batch, lens.tolist() if any(in_part) else None)
-        on_device = torch.from_numpy(host).to(self.shape.device, non_blocking=True)
-        ids, positions = on_device[:num_rows][None], on_device[num_rows : 2 * num_rows][None]
-        rows = on_device[2 * num_rows :] if len(last) < num_rows else None
-        return Step(self.attention, packed, indptr, ids, positions, rows)
-
-    def _plan(self, batch: Batch, num_tokens: list[int] | None) -> FlashInferPackedData:
-        """Plans the attention; returns the plain tables, which appending needs."""
-        ids = [request.id for request in batch.requests]
+        sent = torch.from_numpy(host).to(self.shape.device, non_blocking=True)
+        tokens, positions, rows = sent[:num_rows], sent[num_rows : 2 * num_rows], sent[2 * num_rows :]
+        ids, num_tokens = [request.id for request in requests], lens.tolist() if any(in_part) else None
+        if self.graphs is not None and batch.decodes:
+            return GraphStep(self._pack(ids, batch, None), tokens, positions)
         packed = self.cache.pack_for_flashinfer(ids, num_tokens=num_tokens)
-        query_lens = None if batch.decodes else batch.num_new
-        if self.packing == "plain" or len(ids) == 1:
-            self.attention.plan(packed, query_lens=query_lens)
-        elif batch.decodes:
-            self.attention.plan(self.packer.pack(ids, batch.growth))
-        else:
-            data = self.cache.pack_hybrid_for_flashinfer(
-                ids, query_lens=query_lens, cost_model=self.packer.cost_model, num_tokens=num_tokens
-            )
-            self.attention.plan(data, query_lens=query_lens)
-        return packed
+        data = packed if self._is_plain(ids) else self._pack(ids, batch, num_tokens)
+        self.attention.plan(data, query_lens=None if batch.decodes else batch.num_new)
+        indptr = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
+        wanted = rows if len(last) < num_rows else None
+        return Step(self.attention, packed, indptr, tokens[None], positions[None], wanted)
 
-    def forward(self, step: Step) -> torch.Tensor:
+    def _is_plain(self, ids: list[Hashable]) -> bool:
+        return self.packing == "plain" or len(ids) == 1
+
+    def _pack(
+        self, ids: list[Hashable], batch: Batch, num_tokens: list[int] | None
+    ) -> FlashInferPackedData | FlashInferHybridData:
+        """What attention reads."""
+        if self._is_plain(ids):
+            return self.cache.pack_for_flashinfer(ids, num_tokens=num_tokens)
+        if batch.decodes:
+            return self.packer.pack(ids, batch.growth)
+        return self.cache.pack_hybrid_for_flashinfer(
+            ids, query_lens=batch.num_new, cost_model=self.packer.cost_model, num_tokens=num_tokens
+        )
+
+    def forward(self, step: Step | GraphStep) -> torch.Tensor:
         """Logits of the step's last rows, [last rows, vocabulary]; writes the KV of all its rows.
+
+        They may lie in memory that the next forward overwrites.
 
         Raises:
             ModelError: a layer did not come through the attention interface.
         """
         if self.model.config._attn_implementation != NAME:  # someone else used the model in between
             self.model.set_attn_implementation(NAME)
+        if isinstance(step, GraphStep):
+            assert self.graphs is not None
+            return self.graphs.replay(step.data, step.tokens, step.positions)
         options: dict[str, Any] = {}
         if step.last_rows is not None and self.shape.keeps_logits:
             options["logits_to_keep"] = step.last_rows
