@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.cases import CLAIMS, GROUPS, Group
+from benchmarks.chat_report import chat_parts
 from benchmarks.command import sizes_of
 from benchmarks.gpu_report import draw_gpu, gpu_parts
 from benchmarks.impls import IMPLS
@@ -47,6 +48,7 @@ def write_report() -> str:
         "attention": _pivot(medians, "attention"),
         "everything": _everything(medians),
         **gpu_parts(),
+        **chat_parts(),
     }
     for name, part in parts.items():
         text = text.replace("{{" + name + "}}", part)
