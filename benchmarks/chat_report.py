@@ -67,7 +67,7 @@ def _decode(rows: Rows) -> str:
             what = f"Engine, {row['packing']} packing, {'CUDA graphs' if row['in_graph'] else 'eager'}"
         else:
             what = f"`generate` with a static cache, {'compiled' if row['part'] == 'compiled' else 'eager'}"
-        cpu = f"{host['host_us'] / 1e3:.2f} ms" if host and row["in_graph"] else "all of it"
+        cpu = "" if host is None else f"{host['host_us'] / 1e3:.2f} ms" if row["in_graph"] else "all of it"
         lines.append(f"| {what} | {row['tokens_per_s']:,.0f} | {row['step_ms']:.2f} ms | {cpu} |")
     return "\n".join(lines)
 
@@ -98,7 +98,7 @@ def _facts(rows: Rows) -> str:
     least = min(row["forward_without_attention_us"] for row in eager + graphs)
     whole = ", ".join(f"{row['host_us'] / least:.0%} ({row['packing']})" for row in graphs)
     lines.append(
-        f"- On the host, engine, append and attention add {shares} to the model's eager forward without attention; with "
-        f"CUDA graphs a whole step takes the CPU {whole} of it."
+        f"- On the host, engine, append and attention add {shares} to the model's eager forward without attention; "
+        f"with CUDA graphs a whole step takes the CPU {whole} of it."
     )
     return "\n".join(lines)
