@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import numpy.typing as npt
 
+from seqattn.calibrate import PAGE_SIZE, Shape
+
 __all__ = ["KNOWN", "PAGE_SIZE", "Shape", "random_shapes", "tables_of"]
 
-PAGE_SIZE = 16
 #: tokens of KV in one layer that a random shape has at most: 1 GiB with 8 KV heads of 128 elements in 16 bits
 _MOST_TOKENS = 1 << 18
-
-
-class Shape(NamedTuple):
-    """`systems` prompts of `system_len`, each with `documents` of `document_len`; `own_len` for each sequence."""
-
-    batch: int
-    systems: int
-    system_len: int
-    documents: int
-    document_len: int
-    own_len: int
-
-    def __str__(self) -> str:
-        if self.documents == 1 and self.document_len == 0 and self.systems == 1:
-            return f"({self.batch}, {self.system_len}, {self.own_len})"
-        prompts = f"{self.systems}, {self.system_len}, {self.documents}, {self.document_len}"
-        return f"({prompts}, {self.own_len}) for {self.batch}"
 
 
 def _prefix(batch: int, shared: int, own: int) -> Shape:

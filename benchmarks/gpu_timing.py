@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from seqattn.cuda_steps import replay_times
+
 __all__ = ["copy_rate", "device_us", "host_us", "matrix_rate"]
 
 WARM_UPS, REPEATS = 3, 30
@@ -15,22 +17,7 @@ WARM_UPS, REPEATS = 3, 30
 
 def device_us(layers: Callable[[], object], num_layers: int) -> tuple[float, float]:
     """Microseconds a layer of what `layers` launches, as median and spread (the middle half of 30 replays)."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        layers()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        layers()
-    times = []
-    for _ in range(WARM_UPS + REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / num_layers)
+    times = [us / num_layers for us in replay_times(layers, WARM_UPS + REPEATS)]
     quarter, median, three = statistics.quantiles(times[WARM_UPS:], n=4)
     return round(median, 2), round(three - quarter, 2)
 

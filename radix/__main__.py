@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +12,7 @@ import attrs
 from radix.replay.readers import FORMATS, read_trace
 from radix.replay.simulator import POLICIES, capacity_of, simulate
 from radix.replay.tokenizer import load_tokenizer
-from seqattn.errors import MissingExtraError, SeqAttnError
+from seqattn.command import run_command
 
 if TYPE_CHECKING:
     import rich_click as click
@@ -51,20 +49,7 @@ class _Options:
 
 def main() -> None:
     """Runs the command line; an error of this project is one line on stderr and exit code 2."""
-    try:
-        _require("rich")
-        _require("rich_click")
-        _application()(prog_name="python -m radix")
-    except SeqAttnError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201  a command line prints
-        sys.exit(2)
-
-
-def _require(package: str) -> None:
-    try:
-        import_module(package)
-    except ImportError as error:
-        raise MissingExtraError("cli", package) from error
+    run_command("python -m radix", _application)
 
 
 def _application() -> click.RichGroup:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from seqattn.calibrate import calibrate, calibration_shapes, measure
+from seqattn.command import run_command
 from seqattn.constants import Chip, constants_for, load_constants, path_of, save_constants, scaled
-from seqattn.errors import MissingExtraError, SeqAttnError, TensorError
+from seqattn.errors import MissingExtraError, TensorError
 from seqattn.fit import Measured, predict
 from seqattn.load import Heads
 
@@ -47,20 +46,7 @@ class _Options:
 
 def main() -> None:
     """Runs the command line; an error of this project is one line on stderr and exit code 2."""
-    try:
-        _require("rich")
-        _require("rich_click")
-        _application()(prog_name="python -m seqattn")
-    except SeqAttnError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201  a command line prints
-        sys.exit(2)
-
-
-def _require(package: str) -> None:
-    try:
-        import_module(package)
-    except ImportError as error:
-        raise MissingExtraError("cli", package) from error
+    run_command("python -m seqattn", _application)
 
 
 def _application() -> click.RichGroup:

@@ -46,6 +46,13 @@ class Shape(NamedTuple):
     document_len: int
     own_len: int
 
+    def __str__(self) -> str:
+        """(batch, shared, own tokens) for one shared prefix, else the forest and the batch."""
+        if self.documents == 1 and self.document_len == 0 and self.systems == 1:
+            return f"({self.batch}, {self.system_len}, {self.own_len})"
+        prompts = f"{self.systems}, {self.system_len}, {self.documents}, {self.document_len}"
+        return f"({prompts}, {self.own_len}) for {self.batch}"
+
     @property
     def num_tokens(self) -> int:
         """Different tokens."""

@@ -17,11 +17,11 @@ from seqattn.errors import TensorError
 from seqattn.hybrid import pack_runs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from seqattn.device import Heads
 
-__all__ = ["CudaSteps", "graph_us"]
+__all__ = ["CudaSteps", "graph_us", "replay_times"]
 
 #: layers of a graph, each with memory of its own, so that the L2 cache keeps nothing from one replay to the next
 _NUM_LAYERS = 4
@@ -83,8 +83,13 @@ class CudaSteps:
         self._batch = batch
 
 
-def graph_us(layers: Any) -> float:  # noqa: ANN401  any call that launches work
+def graph_us(layers: Callable[[], object]) -> float:
     """Microseconds of a graph of what `layers` launches; the median of a few replays."""
+    return float(statistics.median(replay_times(layers, _WARM_UPS + _REPEATS)[_WARM_UPS:]))
+
+
+def replay_times(layers: Callable[[], object], repeats: int) -> list[float]:
+    """Captures what `layers` launches in a CUDA graph, and replays it: microseconds of the device for each replay."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -94,11 +99,11 @@ def graph_us(layers: Any) -> float:  # noqa: ANN401  any call that launches work
     with torch.cuda.graph(graph):
         layers()
     times = []
-    for _ in range(_WARM_UPS + _REPEATS):
+    for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3)
-    return float(statistics.median(times[_WARM_UPS:]))
+    return times

@@ -19,6 +19,7 @@ from tests.sources import ROOT, parse, sources
 ORDER = [
     # seqattn
     "seqattn/errors.py",
+    "seqattn/command.py",
     "seqattn/counts.py",
     "seqattn/buffers.py",
     "seqattn/page_lists.py",
@@ -114,7 +115,7 @@ EXTRAS = {
     "flashinfer": ["seqattn/append.py", "seqattn/attention/wrappers.py"],
     "triton": ["seqattn/kernels.py"],  # comes with torch on Linux
     "rich": ["radix/__main__.py", "seqattn/__main__.py"],
-    "rich_click": ["radix/__main__.py", "seqattn/__main__.py"],
+    "rich_click": ["radix/__main__.py", "seqattn/__main__.py", "seqattn/command.py"],
     "transformers": ["radix/integrations/transformers/attention.py"],
     "typing_extensions": [  # comes with torch; for types only
         "radix/integrations/transformers/chat.py",
