@@ -33,7 +33,7 @@ PAGE_SIZE = 16
 #: fewer batches say too little about two dozen constants and more
 _LEAST_BATCHES = 12
 #: slices of a level alone, and of two levels together
-_SLICES, _FEW_SLICES = (1, 2, 3, 4, 6, 8, 16), (1, 2, 4, 8)
+_SLICES, _FEW_SLICES = (1, 2, 4, 8, 16), (1, 2, 4, 8)
 
 
 class Shape(NamedTuple):

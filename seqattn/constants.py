@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Chip", "constants_for", "load_constants", "path_of", "save_constants", "scaled"]
 
-_FORMAT = 2
+_FORMAT = 3
 _NAMES = {field.name for field in fields(Device) if field.init}
 _AGAIN = "run `python -m seqattn calibrate` again"
 _KERNELS = ("decode", "fa2_64", "fa2_128", "fa3", "short")

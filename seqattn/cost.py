@@ -22,12 +22,14 @@ device's own figures decide between them. It remembers what it chose: the next s
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
 from attrs import define, field
 
+from seqattn.alike import AlikeSteps
 from seqattn.device import Device, Heads, not_negative, positive_rate
 from seqattn.forest import Run
 from seqattn.groups import RunArrays, cut_of
@@ -45,6 +47,8 @@ __all__ = ["CostModel", "runs_that_pay"]
 
 #: shared levels at most, where a device decides
 _MOST_LEVELS = 3
+#: depths of a forest whose runs are alike that are weighed one by one
+_MOST_ALIKE = 2
 #: what a device has chosen is kept for this many steps of decoding, and for this many batches
 _STEPS_ALIKE, _MOST_CHOSEN = 32, 256
 
@@ -186,34 +190,36 @@ def _fastest(
     runs: RunArrays, rows_before: Int64Array, num_tokens: Int64Array, page_size: int, model: CostModel, device: Device
 ) -> list[bool]:
     """The runs to keep by the device's own figures."""
+    rows = np.diff(rows_before)
+    if len(runs.members) <= _MOST_ALIKE and runs.all_alike() and (rows == rows[0]).all():
+        choices = _depth_sets(len(runs.members))
+        steps = AlikeSteps(device, model.heads, runs, num_tokens, int(rows[0]), page_size=page_size)
+        best = choices[steps.best(choices)]
+        return [depth in best for depth in runs.depth.tolist()]
     costs = RunCosts(runs, rows_before, page_size, model)
-    none = [False] * len(runs.depth)
     if not costs.most_saved() > 0:
-        return none
+        return [False] * len(runs.depth)
     masks = _masks(costs, min(len(runs.members), _MOST_LEVELS))
-    cut, num_shared = cut_of(runs, masks, num_tokens, np.diff(rows_before), page_size=page_size)
-    plain, *times = device.times(cut, num_shared, model.heads)
-    best = min(range(len(times)), key=times.__getitem__)
-    if times[best] >= (1 - device.margin) * plain - device.margin_us:
-        return none
-    kept: list[bool] = masks[best + 1].tolist()
+    cut, num_shared = cut_of(runs, masks, num_tokens, rows, page_size=page_size)
+    kept: list[bool] = masks[device.choose(cut, num_shared, model.heads)].tolist()
     return kept
 
 
-def _masks(costs: RunCosts, num_levels: int) -> npt.NDArray[np.bool_]:
-    """Choices of runs that a device compares, none the first and fewer levels before more; [choices, runs].
+@cache
+def _depth_sets(num_depths: int) -> list[tuple[int, ...]]:
+    """Depths that may be kept as a whole, none the first and fewer before more."""
+    most = min(num_depths, _MOST_LEVELS)
+    return [kept for size in range(most + 1) for kept in combinations(range(min(num_depths, MOST_DEPTHS)), size)]
 
-    Depths as a whole, of the first few; and, where runs of one depth differ, the best by costs for each number of
-    levels.
+
+def _masks(costs: RunCosts, num_levels: int) -> npt.NDArray[np.bool_]:
+    """Choices of runs that a device compares, none the first; [choices, runs].
+
+    Depths as a whole, of the first few; and the best by costs for each number of levels.
     """
-    depths = range(min(MOST_DEPTHS, len(costs.runs.members)))
-    sets = [kept for size in range(min(num_levels, len(depths)) + 1) for kept in combinations(depths, size)]
-    masks = np.isin(np.arange(len(costs.runs.members)), [])[None].repeat(len(sets), axis=0)
+    sets = _depth_sets(len(costs.runs.members))
+    masks = np.zeros((len(sets), len(costs.runs.members)), dtype=bool)
     for mask, kept in zip(masks, sets, strict=True):
         mask[list(kept)] = True
-    by_run = masks[:, costs.depth]
-    if costs.all_alike():
-        return by_run
-    more = RunChoice(costs, num_levels).best_of_each()
-    by_run = np.concatenate((by_run, np.array(more, dtype=bool)))
+    by_run = np.concatenate((masks[:, costs.depth], np.array(RunChoice(costs, num_levels).best_of_each(), dtype=bool)))
     return by_run[np.sort(np.unique(by_run, axis=0, return_index=True)[1])]

@@ -1,20 +1,4 @@
-"""How long a step of attention takes on a device; numpy only.
-
-A call takes, alone, once it has started (`seqattn.load` counts its blocks):
-
-    computing = blocks a multiprocessor * wave + max(tokens a multiprocessor, tokens of the longest block) * token
-    body      = (computing ** mix + reading ** mix) ** (1 / mix)
-    call      = body + rows merged of the kernel's own splits
-
-`reading` is memory traffic: tokens that no block has read yet come from memory, those read again from the L2 cache.
-A plain step is its one call and a start. Otherwise the calls run at the same time, the coarsest level first:
-
-    work   = sum of (body * share of the multiprocessors that it fills), and all of the last level
-    chain  = each call, behind the blocks of others that have its multiprocessors already
-    step   = start + levels * level + gather + max(work, chains) + results merged
-
-Blocks of a last level go wherever there is room, wave after wave: a few that found none may take a wave more.
-"""
+"""What a device's kernels cost, and the fastest way to compute levels by that (`seqattn.steps`); numpy only."""
 
 from __future__ import annotations
 
@@ -24,7 +8,8 @@ import numpy as np
 from attrs import define, field
 
 from seqattn.errors import BadValueError
-from seqattn.load import FA3, SLICES, Cut, Groups, Heads, Load, loads_of
+from seqattn.load import SLICES, Cut, Groups, Heads, loads_of, slices_for
+from seqattn.steps import NOTHING, bodies_of, one_by_one, step_us
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,10 +25,8 @@ __all__ = [
     "Groups",
     "Heads",
     "KernelCost",
-    "bodies_of",
     "not_negative",
     "positive_rate",
-    "step_us",
 ]
 
 
@@ -108,29 +91,44 @@ class Device:
         gathered_ns: a query row laid out anew.
         margin, margin_us: how much faster than plain attention levels must be predicted to be: a share of it, and
             microseconds.
+        level_margin: how much faster each shared level after the first must be predicted to make a step, a share of it.
     """
 
     num_processors: int = 132
     has_fa3: bool = True
-    decode: KernelCost = KernelCost(2.287, 6.727, 4.701e12, 47.46e12, 11.19, 55.7, 2.629)  # noqa: RUF009  frozen
-    fa2_64: KernelCost = KernelCost(2.015, 11.48, 8.84e12, 17.46e12, 2.901, 67.75, 1.268)  # noqa: RUF009  as above
-    fa2_128: KernelCost = KernelCost(0.5815, 23.66, 4.603e12, 22.58e12, 5.719, 64.9, 3.611)  # noqa: RUF009  as above
-    fa3: KernelCost = KernelCost(2.296, 13.54, 10.85e12, 60.12e12, 0.0, 0.0, 1.348)  # noqa: RUF009  as above
-    short: KernelCost = KernelCost(0.2608, 13.57, 3.021e12, 100e12, 20.8, 180.1, 11.44)  # noqa: RUF009  as above
-    plain_us: float = field(default=8.06, validator=not_negative)
-    start_us: float = field(default=6.64, validator=not_negative)
-    level_us: float = field(default=6.13, validator=not_negative)
-    gather_us: float = field(default=4.632, validator=not_negative)
+    decode: KernelCost = KernelCost(2.157, 6.648, 4.743e12, 48.14e12, 9.899, 57.17, 2.348)  # noqa: RUF009  frozen
+    fa2_64: KernelCost = KernelCost(2.295, 11.02, 9.016e12, 17.38e12, 3.008, 62.5, 1.222)  # noqa: RUF009  as above
+    fa2_128: KernelCost = KernelCost(0.5917, 23.81, 4.645e12, 22.57e12, 5.566, 68.31, 3.626)  # noqa: RUF009  as above
+    fa3: KernelCost = KernelCost(2.093, 14.01, 12.27e12, 65.61e12, 0.0, 0.0, 1.251)  # noqa: RUF009  as above
+    short: KernelCost = KernelCost(0.2524, 13.15, 3.062e12, 100.0e12, 20.89, 183.5, 11.91)  # noqa: RUF009  as above
+    plain_us: float = field(default=8.147, validator=not_negative)
+    start_us: float = field(default=3.247, validator=not_negative)
+    level_us: float = field(default=5.811, validator=not_negative)
+    last_us: float = field(default=3.809, validator=not_negative)
+    gather_us: float = field(default=4.428, validator=not_negative)
     fa3_waits: float = field(default=0.85, validator=not_negative)
-    fa2_waits: float = field(default=0.3717, validator=not_negative)
-    lower_waits: float = field(default=0.8289, validator=not_negative)
-    last_waits: float = field(default=0.6881, validator=not_negative)
-    result_ns: float = field(default=1.244, validator=not_negative)
-    gathered_ns: float = field(default=5.084, validator=not_negative)
+    fa2_waits: float = field(default=0.3718, validator=not_negative)
+    spread: float = field(default=0.3584, validator=not_negative)
+    lower_waits: float = field(default=0.9413, validator=not_negative)
+    last_waits: float = field(default=0.5525, validator=not_negative)
+    result_ns: float = field(default=1.227, validator=not_negative)
+    gathered_ns: float = field(default=5.414, validator=not_negative)
     margin: float = field(default=0.01, validator=not_negative)
     margin_us: float = field(default=0.2, validator=not_negative)
+    level_margin: float = field(default=0.015, validator=not_negative)
+    #: the kernels' numbers, [7, kernels]; and those of each
+    table: FloatArray = field(init=False, eq=False, repr=False)
+    columns: list[tuple[float, ...]] = field(init=False, eq=False, repr=False)
     #: choices of runs made lately, by what they were made from
     chosen: dict[bytes, list[bool]] = field(factory=dict, init=False, eq=False, repr=False)
+
+    @table.default
+    def _table(self) -> FloatArray:
+        return np.array([_numbers(cost) for cost in self.kernels]).T
+
+    @columns.default
+    def _columns(self) -> list[tuple[float, ...]]:
+        return [_numbers(cost) for cost in self.kernels]
 
     @property
     def kernels(self) -> tuple[KernelCost, ...]:
@@ -173,125 +171,71 @@ class Device:
             num_shared: shared levels of each choice.
             heads: the model's.
         """
-        load, makes_sense = loads_of(cut, heads, self.num_processors, self.slices)
+        load, makes_sense = loads_of(cut, heads, self.num_processors, slices_for(heads, self.slices))
         bodies = bodies_of(self, load, heads)
-        firsts = (np.cumsum(num_shared) - num_shared).tolist()
-        found: list[tuple[float, list[int]]] = [(np.inf, [])] * len(num_shared)
-        for count in set(num_shared):
-            choices = [i for i, shared in enumerate(num_shared) if shared == count]
-            levels = np.array([firsts[i] for i in choices])
-            last = bodies[:, [cut.num_shared + i for i in choices], 0]
-            for i, best in zip(choices, self._best_ways((bodies, last), makes_sense, levels, count), strict=True):
-                found[i] = best
+        last = bodies[:, cut.num_shared :, 0]
+        plain = (self.plain_us + last[0] + last[1]).tolist()
+        found: list[tuple[float, list[int]]] = [(us, []) for us in plain]
+        # A place behind all others is for a level that is not there.
+        nothing = cut.num_shared
+        places = np.full((len(num_shared), max(2, *num_shared)), nothing)
+        begin = 0
+        for i, count in enumerate(num_shared):
+            places[i, :count] = range(begin, begin + count)
+            begin += count
+        which = [i for i, count in enumerate(num_shared) if count]
+        if not which:
+            return found
+        calls = bodies[:, : nothing + 1].copy()
+        calls[:, nothing] = np.array(NOTHING)[:, None]
+        calls[5, nothing] = -self.level_us
+        makes_sense[nothing, 1:] = False
+        found_ways = self._best_ways(calls, last[:, which], makes_sense[: nothing + 1], places[which])
+        for i, (us, ways) in zip(which, found_ways, strict=True):
+            found[i] = us, ways[: num_shared[i]]
         return found
+
+    def choose(self, cut: Cut, num_shared: Sequence[int], heads: Heads) -> int:
+        """The choice to take; the first is plain attention, which others must beat by the margin.
+
+        Args:
+            cut: the levels of each choice.
+            num_shared: shared levels of each choice.
+            heads: the model's.
+        """
+        return self.choose_by(self.times(cut, num_shared, heads), num_shared)
+
+    def choose_by(self, times: Sequence[float], num_shared: Sequence[int]) -> int:
+        """The same by these times, in microseconds."""
+        harder = [us * (1 + self.level_margin) ** max(n - 1, 0) for us, n in zip(times, num_shared, strict=True)]
+        best = min(range(len(times)), key=harder.__getitem__)
+        return best if times[best] < (1 - self.margin) * times[0] - self.margin_us else 0
 
     def _best_ways(
-        self,
-        calls: tuple[FloatArray, FloatArray],
-        makes_sense: npt.NDArray[np.bool_],
-        levels: Int64Array,
-        count: int,
+        self, calls: FloatArray, last: FloatArray, makes_sense: npt.NDArray[np.bool_], places: Int64Array
     ) -> list[tuple[float, list[int]]]:
-        """The least times of choices of as many shared levels, which begin at `levels`; their last calls are apart."""
-        bodies, last = calls
-        if count == 0:
-            return [(us, []) for us in (self.plain_us + last[0] + last[1]).tolist()]
+        """The least times of choices of shared levels at these places, [choices, levels], and their slices."""
         ways = [0, *self.slices.tolist()]
-        if count == 1:
-            us = step_us(self, bodies[:, levels], None, last[..., None])
-            us[~makes_sense[levels]] = np.inf
-            return [(us[i, way], [ways[way]]) for i, way in enumerate(us.argmin(axis=1).tolist())]
-        second, rest = bodies[:, levels + 1], np.zeros((len(levels), 0), dtype=np.intp)
-        for below in range(2, count):  # by the times of each alone
-            alone = np.where(makes_sense, bodies[0] + bodies[1], np.inf)[levels + below].argmin(axis=1)
-            second = _one_by_one(second, bodies[:, levels + below, alone][..., None])
+        top, second = calls[:, places[:, 0]], calls[:, places[:, 1]]
+        rest = np.zeros((len(places), 0), dtype=np.intp)
+        for below in places.T[2:]:  # by the times of each alone
+            alone = np.where(makes_sense, calls[0] + calls[1], np.inf)[below].argmin(axis=1)
+            second = one_by_one(second, calls[:, below, alone][..., None])
+            second[5] += self.level_us
             rest = np.column_stack((rest, alone))
-        us = step_us(self, bodies[:, levels][..., None], second[:, :, None], last[..., None, None])
-        us += self.level_us * (count - 2)
-        us[~(makes_sense[levels][..., None] & makes_sense[levels + 1][:, None])] = np.inf
-        best = us.reshape(len(us), -1).argmin(axis=1)
-        found = []
-        for i, (way, other) in enumerate(zip(*(part.tolist() for part in divmod(best, len(ways))), strict=True)):
-            found.append((us[i, way, other], [ways[n] for n in (way, other, *rest[i].tolist())]))
-        return found
-
-
-def bodies_of(device: Device, load: Load, heads: Heads) -> FloatArray:
-    """What calls take, from what they have to do; times in microseconds, float64 [11, ...].
-
-    The numbers:
-        all blocks; merging the kernel's own splits; the share of the multiprocessors that the blocks fill; the blocks
-        that run at the same time; how many of these there are, in halves of a multiprocessor; merging results with
-        those of other levels and gathering queries; 1 for fa3, else 0; blocks; computing and reading
-        alone, and how they mix.
-    """
-    table = np.array([_numbers(cost) for cost in device.kernels]).T
-    wave_us, token_ns, rate, again_rate, part_ns, row_ns, mix = table[:, load.kernel]
-    blocks, tokens, longest, parts, split_rows, results, gathered, new, again = load.values
-    each = np.ceil(blocks / device.num_processors)
-    computing = each * wave_us + np.maximum(each * tokens / blocks, longest) * token_ns * (heads.head_dim / 128e3)
-    reading = (new / rate + again / again_rate) * 1e6
-    is_fa3 = load.kernel == FA3
-    bodies = np.empty((11, *blocks.shape))
-    bodies[0] = (computing**mix + reading**mix) ** (1 / mix)
-    bodies[1] = (parts * part_ns + split_rows * row_ns) / 1e3
-    bodies[2] = blocks / (each * device.num_processors)
-    bodies[3] = bodies[0] / np.where(is_fa3, each, np.ceil(each / 2))
-    bodies[4] = np.minimum(blocks * (1 + is_fa3), 2 * device.num_processors)
-    bodies[5] = (results * device.result_ns + gathered * device.gathered_ns) / 1e3
-    bodies[6] = is_fa3
-    bodies[7:] = blocks, computing, reading, mix
-    return bodies
-
-
-def _one_by_one(call: FloatArray, then: FloatArray) -> FloatArray:
-    """Two calls one after the other, as one."""
-    both = call + then
-    both[2] = (call[0] * call[2] + then[0] * then[2]) / both[0]
-    both[3], both[4], both[6] = call[3], np.maximum(call[4], then[4]), np.maximum(call[6], then[6])
-    return both
-
-
-def step_us(device: Device, top: FloatArray, lower: FloatArray | None, last: FloatArray) -> FloatArray:
-    """Microseconds of steps of two or three calls that run at the same time; as in `bodies_of`, shapes broadcast."""
-    body, post, _, _, held, merge, is_fa3 = top[:7]
-    halves = 2 * device.num_processors
-    until, posts, gathers = body, post, is_fa3
-    merge = merge + last[5] + (device.start_us + device.level_us)
-    before = last[3] * last[2]
-    chain: FloatArray | float = 0.0
-    if lower is not None:
-        before = before + lower[3] * lower[2]
-        # Blocks of fa3 are given to multiprocessors beforehand, whoever else is there.
-        behind = lower[0] + (held + lower[4] > halves) * body
-        beside = _beside(lower, (held, body), halves, device.lower_waits)
-        chain = beside + lower[6] * device.fa3_waits * np.maximum(behind - beside, 0) + lower[1]
-        together = np.minimum(held + lower[4], halves)
-        until = (body * held + lower[0] * lower[4]) / together
-        held, posts = together, post + lower[1]
-        merge, gathers = merge + lower[5] + device.level_us, np.maximum(gathers, lower[6])
-    alone = _beside(last, (held, until), halves, device.last_waits) + last[1] + posts
-    longest = np.maximum(np.maximum(alone, chain), body + post + (1 - is_fa3) * device.fa2_waits * before)
-    us: FloatArray = longest + merge + device.gather_us * gathers
-    return us
-
-
-def _beside(call: FloatArray, others: tuple[FloatArray, FloatArray], halves: int, waits: float) -> FloatArray:
-    """When the blocks of a call are done that find room where others leave it, and everywhere once these are done.
-
-    Where reading is what takes time, fewer blocks at a time are faster each.
-    """
-    held, until = others
-    body, _, _, wave, _, _, _, blocks, computing, reading, mix = call
-    free, waves = np.maximum(halves - held, 1), body / wave
-    slow = ((computing / waves) ** mix + (reading / waves * free / halves) ** mix) ** (1 / mix)
-    pace = free / halves * wave / slow
-    flowing = np.where(until * pace < body, until * (1 - pace) + body, body / pace)
-    # The same in whole waves: a few blocks that found no room may take a wave more.
-    left = np.maximum(blocks - free * np.floor(until / slow), 0)
-    whole = np.minimum(until + np.ceil(left / halves) * wave, np.ceil(blocks / free) * slow)
-    done: FloatArray = flowing + waits * np.maximum(whole - flowing, 0)
-    return done
+        if (places[:, 1] == len(calls[0]) - 1).all():
+            us = step_us(self, top, None, last[..., None])[..., None]
+            us[~makes_sense[places[:, 0]]] = np.inf
+        else:
+            us = step_us(self, top[..., None], second[:, :, None], last[..., None, None])
+            us[~(makes_sense[places[:, 0]][..., None] & makes_sense[places[:, 1]][:, None])] = np.inf
+        flat = us.reshape(len(us), -1)
+        best = flat.argmin(axis=1)
+        least = flat[np.arange(len(best)), best].tolist()
+        chosen = zip(*(part.tolist() for part in divmod(best, us.shape[2])), rest.tolist(), strict=True)
+        return [
+            (t, [ways[n] for n in (way, other, *more)]) for t, (way, other, more) in zip(least, chosen, strict=True)
+        ]
 
 
 def _numbers(cost: KernelCost) -> tuple[float, ...]:

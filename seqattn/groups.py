@@ -46,13 +46,22 @@ class RunArrays:
         self.first, self.stop, begin, self.end, self.parent = self.listed.T
         self.num_pages = self.end - begin
         self.size = self.stop - self.first
+        self.batch = len(rows_before) - 1
         self.rows = rows_before[self.stop] - rows_before[self.first]
         depths: list[int] = []
         for *_, parent in listed:
             depths.append(depths[parent] + 1 if parent >= 0 else 0)
         self.depth = np.array(depths, dtype=np.int64)
         #: runs of each depth
-        self.members = [np.flatnonzero(self.depth == depth) for depth in range(1 + max(depths, default=-1))]
+        self.members = [(self.depth == depth).nonzero()[0] for depth in range(1 + max(depths, default=-1))]
+
+    def all_alike(self) -> bool:
+        """Whether every run has as many pages, rows and sequences as all others of its depth, and all have them all."""
+        kinds = np.stack((self.depth, self.num_pages, self.rows, self.size), axis=1).tolist()
+        batch = self.batch
+        if len(set(map(tuple, kinds))) > len(self.members):
+            return False
+        return all(len(members) * int(self.size[members[0]]) == batch for members in self.members)
 
 
 def cut_of(
@@ -88,9 +97,11 @@ def cut_of(
     again = np.where(kept, 0, np.maximum(runs.size - inside - 1, 0) * runs.num_pages)
     last = own.sum(axis=1) - page_size * again.sum(axis=1)
     counts = np.concatenate((np.bincount(at, minlength=num_levels), np.full(num_choices, batch)))
+    all_rows = np.concatenate((runs.rows[run], np.tile(rows, num_choices)))
     cut = Cut(
-        np.concatenate((runs.rows[run], np.tile(rows, num_choices))),
+        all_rows,
         np.concatenate((page_size * pages, own.ravel())),
+        np.ones_like(all_rows),
         np.cumsum(counts) - counts,
         np.concatenate((page_size * shared, last)).astype(np.int64),
         num_levels,

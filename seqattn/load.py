@@ -20,6 +20,7 @@ before those of last levels.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,15 +34,18 @@ if TYPE_CHECKING:
     Int64Array = npt.NDArray[np.int64]
     FloatArray = npt.NDArray[np.float64]
 
-__all__ = ["FA3", "SLICES", "Cut", "Groups", "Heads", "Load", "is_short", "loads_of"]
+__all__ = ["FA3", "SLICES", "Cut", "Groups", "Heads", "Load", "is_short", "loads_of", "slices_for"]
 
 #: kernels by number: the three tiles of fa2, the first of which is decode, then these
 FA3, SHORT = 3, 4
 #: query heads of a KV head for which the kernel for short lists was measured, and the mean tokens that it is for
 _SHORT_HEADS, _SHORT_TOKENS, _LEAST_LISTS = 4, 176, 16
-_TILES = np.array([16, 64, 128])
+_TILE_LIST = (16, 64, 128)
+_TILES = np.array(_TILE_LIST)
 #: numbers of slices to choose from
-SLICES = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32])
+SLICES = np.array([1, 2, 4, 8, 16, 32])
+#: that many were measured, and that many for one KV head with as many tiles
+_MOST_SLICES, _SLICES_OF_FEW = 8, 64
 #: fa2 cuts no list of tokens shorter than this
 _LEAST_CHUNK = 128
 #: nor do slices
@@ -89,6 +93,7 @@ class Cut:
 
     Attributes:
         rows, tokens: of each group, int64.
+        times: how many groups there are of each such, int64.
         first: where each level's groups begin, int64 [levels]; no level is empty.
         different: different tokens of each level, int64 [levels].
         num_shared: of the levels, those that are not a choice's last.
@@ -96,6 +101,7 @@ class Cut:
 
     rows: Int64Array
     tokens: Int64Array
+    times: Int64Array
     first: Int64Array
     different: Int64Array
     num_shared: int
@@ -105,13 +111,9 @@ class Cut:
         """The levels of one choice, coarsest first, the last level included."""
         first = np.cumsum([0, *(len(level.rows) for level in levels[:-1])])
         different = np.array([level.num_different for level in levels])
-        return cls(
-            np.concatenate([level.rows for level in levels]),
-            np.concatenate([level.tokens for level in levels]),
-            first,
-            different,
-            len(levels) - 1,
-        )
+        rows = np.concatenate([level.rows for level in levels])
+        tokens = np.concatenate([level.tokens for level in levels])
+        return cls(rows, tokens, np.ones_like(rows), first, different, len(levels) - 1)
 
 
 @define(slots=True, frozen=True, eq=False)
@@ -138,16 +140,25 @@ def is_short(heads_each: int, num_lists: int, num_tokens: int) -> bool:
     return heads_each == _SHORT_HEADS and num_lists >= _LEAST_LISTS and num_tokens <= _SHORT_TOKENS * num_lists
 
 
+def slices_for(heads: Heads, slices: Int64Array) -> Int64Array:
+    """Those of the numbers of slices that were seen to be good with so many KV heads: 8, more with fewer than 8 heads.
+
+    More slices fill the device better by count, and are slower in fact: fa2, which cuts lists too, is there for them.
+    """
+    return slices[: np.searchsorted(slices, max(_SLICES_OF_FEW // heads.num_kv_heads, _MOST_SLICES), side="right")]
+
+
 def loads_of(cut: Cut, heads: Heads, num_processors: int, slices: Int64Array) -> tuple[Load, npt.NDArray[np.bool_]]:
     """What each level does by fa2 (or decode), and by fa3 in each number of slices; O(groups * slices).
 
     Returns:
         The loads, [levels, 1 + slices], and which of them make sense: no slice is too short, no last level is sliced.
     """
-    counts = np.diff(cut.first, append=len(cut.rows))
-    level = np.repeat(np.arange(len(counts)), counts)
+    begins = cut.first.tolist()
+    level = np.arange(len(begins)).repeat([b - a for a, b in pairwise((*begins, len(cut.rows)))])
     longest = np.maximum.reduceat(cut.tokens, cut.first)
-    total_rows, total_tokens = np.add.reduceat(np.stack((cut.rows, cut.tokens)), cut.first, axis=1)
+    sums = np.array((cut.times, cut.rows * cut.times, cut.tokens * cut.times))
+    counts, total_rows, total_tokens = np.add.reduceat(sums, cut.first, axis=1)
     values = np.zeros((9, len(counts), 1 + len(slices)))
     values[0] = 1  # blocks of what is not counted
     kernel = np.full(values.shape[1:], FA3)
@@ -156,11 +167,10 @@ def loads_of(cut: Cut, heads: Heads, num_processors: int, slices: Int64Array) ->
     )
     if cut.num_shared and len(slices):
         values[:7, : cut.num_shared, 1:] = _fa3(cut, heads, (level, longest), slices)
-    values[7] = (cut.different * float(heads.token_bytes))[:, None]
-    values[8] = (total_tokens * float(heads.token_bytes))[:, None] - values[7]
-    makes_sense = np.ones(values.shape[1:], dtype=bool)
-    makes_sense[:, 1:] = (slices == 1) | (longest[:, None] >= _LEAST_SLICE * slices)
-    makes_sense[cut.num_shared :, 1:] = False
+    values[7:] = np.array((cut.different, total_tokens - cut.different))[..., None] * float(heads.token_bytes)
+    makes_sense = np.zeros(values.shape[1:], dtype=bool)
+    makes_sense[:, 0] = True
+    makes_sense[: cut.num_shared, 1:] = longest[: cut.num_shared, None] >= _LEAST_SLICE * slices * (slices > 1)
     return Load(kernel, values), makes_sense
 
 
@@ -172,15 +182,15 @@ def _fa2(
     packed = cut.rows * heads.heads_each
     mean = total_rows * heads.heads_each // counts
     kernel = (mean > 16).astype(np.intp) + (mean > 64)
-    tiles = -(-packed // _TILES[kernel][level])
-    num_tiles, work = np.add.reduceat(np.stack((tiles, tiles * cut.tokens)), cut.first, axis=1)
+    tiles = -(-packed // _TILES[kernel][level]) * cut.times
+    num_tiles, work = np.add.reduceat(np.array((tiles, tiles * cut.tokens)), cut.first, axis=1)
     room = max(1, 2 * num_processors // heads.num_kv_heads)  # tiles at a time for each KV head
     # Either is long enough for all chunks to run at once.
     by_list = -(-longest // np.maximum(1, room // num_tiles))
     by_work = np.where(room > num_tiles, -(-work // np.maximum(1, room - num_tiles)), longest)
     chunk = np.maximum(_LEAST_CHUNK, np.minimum(by_list, by_work))
     chunks = -(-cut.tokens // chunk[level])
-    blocks, parts = np.add.reduceat(np.stack((tiles * chunks, cut.rows * chunks)), cut.first, axis=1)
+    blocks, parts = np.add.reduceat(np.array((tiles, cut.rows * cut.times)) * chunks, cut.first, axis=1)
     split = longest > chunk
     if heads.heads_each == _SHORT_HEADS:
         few = (counts >= _LEAST_LISTS) & (total_tokens <= _SHORT_TOKENS * counts)
@@ -195,13 +205,66 @@ def _fa3(cut: Cut, heads: Heads, sums: tuple[Int64Array, ...], slices: Int64Arra
     level, longest = sums
     count = cut.num_shared
     stop = cut.first[count] if count < len(cut.first) else len(cut.rows)
-    rows, tokens, first = cut.rows[:stop], cut.tokens[:stop], cut.first[:count]
-    tiles = -(-rows * heads.heads_each // 128) * heads.num_kv_heads
+    rows, tokens, times, first = cut.rows[:stop], cut.tokens[:stop], cut.times[:stop], cut.first[:count]
+    tiles = -(-rows * heads.heads_each // 128) * heads.num_kv_heads * times
     most = -(-longest[:count, None] // slices)
     chunks = -(-tokens[:, None] // most[level[:stop]])
     numbers = np.zeros((7, count, len(slices)))
     numbers[0] = np.add.reduceat(tiles[:, None] * chunks, first)
     numbers[1] = np.add.reduceat(tiles * tokens, first)[:, None]
     numbers[2] = most
-    numbers[5] = numbers[6] = np.add.reduceat(rows[:, None] * chunks, first)
+    numbers[5] = numbers[6] = np.add.reduceat((rows * times)[:, None] * chunks, first)
     return numbers
+
+
+def one_fa2_load(
+    heads: Heads, num_processors: int, rows: int, tokens: int | Int64Array, different: int, *, times: int = 1
+) -> tuple[int, tuple[float, ...]]:
+    """Kernel and numbers of one call by fa2 (or decode), as `loads_of` has them, of groups of as many rows each.
+
+    Args:
+        heads: the model's.
+        num_processors: the device's multiprocessors.
+        rows: of each group.
+        tokens: of each group, int64 [groups]; a number for groups that are all alike.
+        different: different tokens among them all.
+        times: how many groups these are.
+    """
+    count, longest, total = (times, tokens, times * tokens) if isinstance(tokens, int) else _sums(tokens)
+    packed = rows * heads.heads_each
+    kernel = (packed > 16) + (packed > 64)
+    tiles = -(-packed // _TILE_LIST[kernel])
+    room = max(1, 2 * num_processors // heads.num_kv_heads)
+    by_list = -(-longest // max(1, room // (tiles * count)))
+    by_work = -(-tiles * total // max(1, room - tiles * count)) if room > tiles * count else longest
+    chunk = max(_LEAST_CHUNK, min(by_list, by_work))
+    chunks = -(-tokens // chunk)
+    num_chunks = times * chunks if isinstance(chunks, int) else int(chunks.sum())
+    if rows == 1 and is_short(heads.heads_each, count, total):
+        kernel = SHORT
+    split, num_heads = longest > chunk, heads.num_kv_heads
+    parts = (rows * num_chunks, rows * count) if split else (0, 0)
+    calls = (tiles * num_chunks * num_heads, tiles * total * num_heads, min(chunk, longest), *parts)
+    return kernel, (*calls, rows * count, 0, *_traffic(heads, total, different))
+
+
+def fa3_load(heads: Heads, rows: int, tokens: int, different: int, slices: int, *, times: int) -> tuple[float, ...]:
+    """The numbers of one call by fa3, as `loads_of` has them, of groups that are all alike, in slices."""
+    tiles = -(-rows * heads.heads_each // 128) * heads.num_kv_heads * times
+    most = -(-tokens // slices)
+    chunks = -(-tokens // most)
+    results = rows * chunks * times
+    return (tiles * chunks, tiles * tokens, most, 0, 0, results, results, *_traffic(heads, times * tokens, different))
+
+
+def makes_sense(tokens: int, slices: int) -> bool:
+    """Whether no slice is too short."""
+    return slices == 1 or tokens >= _LEAST_SLICE * slices
+
+
+def _sums(tokens: Int64Array) -> tuple[int, int, int]:
+    return len(tokens), int(tokens.max()), int(tokens.sum())
+
+
+def _traffic(heads: Heads, total: int, different: int) -> tuple[float, float]:
+    return different * float(heads.token_bytes), (total - different) * float(heads.token_bytes)

@@ -51,15 +51,6 @@ class RunCosts:
         #: what the first read costs more than the reads after it
         self.extra = page_size * model.memory_us - self.reread
 
-    def all_alike(self) -> bool:
-        """Whether the runs of each depth have as many pages, rows and runs below them as one another."""
-        runs = self.runs
-        if len(runs.members) > MOST_DEPTHS:
-            return False
-        children = np.bincount(runs.parent + 1, minlength=len(runs.parent) + 1)[1:]
-        values = np.stack((runs.num_pages, runs.rows, runs.size, children))
-        return all(bool((values[:, members] == values[:, members[:1]]).all()) for members in runs.members)
-
     def most_saved(self) -> float:
         """A bound on what levels can save: every run read once, at the rate of memory."""
         return float(self.num_pages @ (self.alone - self.reread))

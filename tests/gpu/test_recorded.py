@@ -32,13 +32,10 @@ ROWS = [row for seed in ("", "_seed11", "_seed23") for row in recorded(f"gpu_att
 #: the planner may lose 5 % at most, but here: where it loses more the difference is of a few microseconds, or it is
 #: named with what it loses
 LOSSES = {
-    "(64, 144, 64)": 0.11,
+    "(64, 144, 64)": 0.09,
     "(256, 80, 192)": 0.06,
-    "(256, 960, 256)": 0.06,
-    "(32, 10048, 64)": 0.11,
-    "(8, 9008, 384)": 0.06,
     "(1, 5664, 2, 2640, 320) for 16": 0.08,
-    "(1, 8016, 4, 1648, 1648) for 16": 0.15,
+    "(1, 8016, 4, 1648, 1648) for 16": 0.09,
 }
 
 
@@ -66,10 +63,10 @@ class Recorded:
 
     @property
     def chosen(self) -> str:
-        """The best of what was measured, by the planner's figures and with its margin."""
-        best = min(self.predicted, key=self.predicted.__getitem__)
-        least = (1 - DEVICE.margin) * self.predicted["plain"] - DEVICE.margin_us
-        return best if self.predicted[best] < least else "plain"
+        """The best of what was measured, by the planner's figures and with its margins."""
+        num_shared = [0 if name == "plain" else 1 + name.count("+") for name in self.predicted]
+        names: list[str] = list(self.predicted)
+        return names[DEVICE.choose_by(list(self.predicted.values()), num_shared)]
 
     @property
     def loss(self) -> float:
@@ -98,18 +95,19 @@ def test_what_the_planner_chooses_was_near_the_best_that_was_measured(shape: Rec
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.row["name"])
 def test_the_planner_weighs_every_set_of_levels(shape: Recorded) -> None:
-    """Its own way takes no longer, by its own figures, than any that was measured."""
+    """Its own way takes no longer, by its own figures and with its margin for levels, than any that was measured."""
     kept = runs_that_pay(shape.runs, shape.before, shape.lens, PAGE_SIZE, MODEL)
     groups = groups_of(shape.runs, kept, shape.before, shape.lens, page_size=PAGE_SIZE)
     best = DEVICE.step_us(groups, MODEL.heads)
-    allowed = min(shape.predicted.values()) if any(kept) else shape.predicted["plain"]
-    assert best <= allowed * (1 + 1e-6)
+    harder = 1 + DEVICE.level_margin
+    others = [us * harder ** name.count("+") for name, us in shape.predicted.items() if any(kept)]
+    assert best * harder ** max(len(groups) - 2, 0) <= min([*others, shape.predicted["plain"]]) * (1 + 1e-6)
 
 
 def test_the_planner_is_right_in_most_cases() -> None:
     losses = [shape.loss for shape in SHAPES]
     assert statistics.median(losses) <= 0.01
-    assert statistics.mean(losses) <= 0.015
+    assert statistics.mean(losses) <= 0.01
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])

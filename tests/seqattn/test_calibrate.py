@@ -107,7 +107,7 @@ def test_a_batch_is_what_its_shape_says() -> None:
         data = pack_runs(batch.tables, batch.lens, ones, batch.forest, kept, page_size=16)
         assert len(data.levels) == len(slices) + 1 == len(batch.levels(kept))
     names = {(tuple(kept), tuple(slices)) for kept, slices in batch.ways(has_fa3=True)}
-    assert len(names) == 1 + 2 * 8 + 25, "plain, each depth alone, and both"
+    assert len(names) == 1 + 2 * 6 + 25, "plain, each depth alone, and both"
     assert {slices for _, slices in ((k, tuple(s)) for k, s in batch.ways(has_fa3=False))} == {(), (0,), (0, 0)}
 
 

@@ -57,7 +57,7 @@ def change(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 1}, "format 1, not 2"),
+        ({"format": 1}, "format 1, not 3"),
         ({"device": "Another"}, "for device 'Another'"),
         ({"constants": None}, "make no sense"),
         ({"constants": {"plain_us": 1.0}}, "make no sense"),
