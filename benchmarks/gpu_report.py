@@ -83,8 +83,8 @@ def _summary(known: Recorded, fresh: Recorded) -> str:
         named = ", ".join(f"{loss:.1%} at {name}" for loss, name in worst)
         plain = max(row["ours_us"] / row["plain_us"] - 1 for row in found.rows)
         lines.append(
-            f"- On {what}, ours took {max(0.0, statistics.median(losses)):.1%} longer than the best choice that was measured, in "
-            f"the median; most: {named}. It was never more than {plain:.1%} slower than plain decode."
+            f"- On {what}, ours took {max(0.0, statistics.median(losses)):.1%} longer than the best choice that was "
+            f"measured, in the median; most: {named}. It was never more than {plain:.1%} slower than plain decode."
         )
     cascade = sorted((row["cascade_us"] / row["ours_us"], row["name"]) for row in known.rows + fresh.rows)[:2]
     (lowest, where), (second, _) = cascade
