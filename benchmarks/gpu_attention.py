@@ -168,9 +168,11 @@ def measure(step: Step, rates: dict[str, float], options: argparse.Namespace) ->
         "name": str(step.shape),
         "bound_us": round(step.work_us(rates), 1),
     }
+    runs: dict[str, Callable[[], None]] = {}
     for name, make in (("plain", plain_by_hand), ("cascade", cascade_by_hand)):
         plan, run = make(step)
         plan()
+        runs[name] = run
         row[f"{name}_us"], row[f"{name}_spread"] = device_us(run, NUM_LAYERS)
         row[f"{name}_plan_us"], row[f"{name}_eager_us"] = host_us(plan), host_us(run) / NUM_LAYERS
     data = step.packed(step.cost_model)
@@ -179,7 +181,7 @@ def measure(step: Step, rates: dict[str, float], options: argparse.Namespace) ->
     row["kernels"] = [f"{c.kernel}:{len(c.kv_last_page_len)}" for c in step.attention._prepared.work.calls]
     row["error"] = step.error()
     row["ours_us"], row["ours_spread"] = device_us(step.layers, NUM_LAYERS)
-    row["plain_again_us"], _ = device_us(run, NUM_LAYERS)  # how much the clocks have moved meanwhile
+    row["plain_again_us"], _ = device_us(runs["plain"], NUM_LAYERS)  # how much the clocks have moved meanwhile
     row["ours_plan_us"], row["ours_eager_us"] = (
         host_us(lambda: step.choose(data, None)),
         host_us(step.layers) / NUM_LAYERS,

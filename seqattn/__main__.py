@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from seqattn.calibrate import calibrate, calibration_shapes, measure
+from seqattn.calibrate import calibrate, calibration_shapes, lasting, measure
 from seqattn.command import run_command
 from seqattn.constants import Chip, constants_for, load_constants, path_of, save_constants, scaled
 from seqattn.errors import MissingExtraError, TensorError
@@ -61,7 +61,13 @@ def _application() -> click.RichGroup:
     parameters: list[click.Parameter] = [
         Option(["--device"], type=number, default=0, metavar="N", help="Number of the CUDA device."),
         Option(["--heads"], type=positive, nargs=3, default=(32, 8, 128), help=heads),
-        Option(["--seconds"], type=seconds, default=50.0, metavar="S", help="Start no further batch after this time."),
+        Option(
+            ["--seconds"],
+            type=seconds,
+            default=50.0,
+            metavar="S",
+            help="Start no further batch so long after the first.",
+        ),
         Option(["--out"], type=file, help="File to write, or with --show to read."),
         Option(["--show"], is_flag=True, help="Measure nothing: print the constants in use and where they come from."),
     ]
@@ -99,9 +105,9 @@ def _calibrate(options: _Options) -> None:
     heads = Heads(*options.heads)
     measured = _measured(options, heads, chip)
     device = calibrate(measured, heads, scaled(chip))
-    save_constants(path, device, chip)
     console.print(_table(f"{chip.name}: {len(measured)} ways measured", device))
     console.print(_quality(measured, heads, device))
+    save_constants(path, device, chip)  # last: what took a minute is shown even if it cannot be written
     console.print(f"saved in {path}", soft_wrap=True)
 
 
@@ -127,13 +133,13 @@ def _measured(options: _Options, heads: Heads, chip: Chip) -> list[Measured]:
         timer = CudaSteps(heads, device)
         shapes = calibration_shapes(_NUM_SHAPES, timer.most_tokens())
         columns = (TextColumn("measuring batches"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        begun = time.monotonic()
+        goes_on = lasting(options.seconds, time.monotonic)
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("measuring", total=len(shapes))
 
             def on_batch() -> bool:
                 progress.advance(task)
-                return time.monotonic() - begun < options.seconds
+                return goes_on()
 
             return measure(shapes, timer, has_fa3=chip.has_fa3, on_batch=on_batch)
 

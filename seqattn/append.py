@@ -27,7 +27,17 @@ if TYPE_CHECKING:
 
     Int64Array = npt.NDArray[np.int64]
 
-__all__ = ["AppendTables", "as_bits", "can_append", "check_rows", "tables_for", "write_places", "write_rows"]
+__all__ = [
+    "AppendTables",
+    "as_bits",
+    "can_append",
+    "check_rows",
+    "sent",
+    "side_by_side",
+    "tables_for",
+    "write_places",
+    "write_rows",
+]
 
 #: what the kernel is compiled for
 _HEAD_DIMS = (64, 128, 256, 512)
@@ -89,9 +99,16 @@ def tables_for(pages: npt.NDArray[np.int32], offsets: Int64Array, page_size: int
     host = np.zeros(3 * n + 3, dtype=np.int32)
     host[:n], host[n : 2 * n] = pages, np.arange(n) * page_size + offsets
     host[3 * n + 1 :] = n, page_size
-    # Pinned, so that what follows does not wait for the copy; torch keeps the memory until it is read.
-    sent = torch.from_numpy(host).pin_memory().to(device, non_blocking=True)
-    return AppendTables(sent[:n], sent[n : 2 * n], sent[2 * n : 3 * n], sent[3 * n : -1], sent[-1:])
+    table = sent(host, device)
+    return AppendTables(table[:n], table[n : 2 * n], table[2 * n : 3 * n], table[3 * n : -1], table[-1:])
+
+
+def sent(array: npt.NDArray[np.int32], device: torch.device) -> torch.Tensor:
+    """An array on a device, which on CUDA nothing waits for; elsewhere it may be the same memory."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # torch keeps the memory until it is read
+    return tensor.to(device, non_blocking=True)
 
 
 def write_rows(
@@ -108,8 +125,8 @@ def write_rows(
         return
     with torch.cuda.device(keys.device):
         append_paged_kv_cache(
-            _side_by_side(keys),
-            _side_by_side(values),
+            side_by_side(keys),
+            side_by_side(values),
             tables.sequences,
             tables.positions,
             caches,
@@ -149,11 +166,12 @@ def write_places(
         cache[pages, slots] = tensor[real]
 
 
-def _side_by_side(rows: torch.Tensor) -> torch.Tensor:
-    """The rows with each head's elements side by side and 16-byte aligned, as the kernel loads them; else a copy."""
+def side_by_side(rows: torch.Tensor) -> torch.Tensor:
+    """The rows with each head's elements side by side and 16-byte aligned, as kernels load them; else a copy."""
     if rows.requires_grad or rows.is_neg():
         rows = rows.detach().resolve_neg()
     row, head, element = rows.stride()
     size = rows.element_size()
     aligned = not (rows.data_ptr() % 16 or row * size % 16 or head * size % 16)
-    return rows if element == 1 and aligned else rows.contiguous()
+    # `contiguous` would hand back rows that lie one after the other, but begin at an odd place.
+    return rows if element == 1 and aligned else rows.clone(memory_format=torch.contiguous_format)

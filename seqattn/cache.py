@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from seqattn.append import AppendTables, as_bits, can_append, check_rows, tables_for, write_rows
+from seqattn.append import AppendTables, as_bits, can_append, check_rows, sent, tables_for, write_rows
 from seqattn.counts import as_count, positive
 from seqattn.errors import BadValueError, LengthError, PageError, SharedPageError, TensorError
 from seqattn.indptr import validate_last
 from seqattn.packed import FlashInferPackedData
 from seqattn.pages import PageAllocator
-from seqattn.tail import Tail, append_indptr_of, tail_of
+from seqattn.tail import Tail, append_indptr_of, refuse_twice, tail_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -142,7 +142,7 @@ class PagedKVCacheManager(PageAllocator):
         tail = self._check_append(keys, values, flashinfer_data, append_indptr_cpu)
         self.check_writable(tail.written_pages, checked=tail is self._tail)
         if tail is not self._tail:
-            _check_once(tail)
+            refuse_twice(tail.written_pages)
             self._tables = None  # should what follows fail, the next call starts anew
             self._tail = tail
         self._write(keys, values, caches, tail)
@@ -237,9 +237,7 @@ class PagedKVCacheManager(PageAllocator):
             wide = self.head_dim * self.dtype.itemsize % 8 == 0
             words.append(by_slot.view(torch.int64) if wide else by_slot)
         with torch.cuda.device(self.device):
-            # Pinned, so that what follows does not wait for the copy; torch keeps the memory until it is read.
-            sent = torch.from_numpy(table).pin_memory().to(self.device, non_blocking=True)
-            self._launcher.copy_slots(words[0], words[1], sent, int(table[2].max()))
+            self._launcher.copy_slots(words[0], words[1], sent(table, self.device), int(table[2].max()))
 
     def _by_slot(self, cache: torch.Tensor) -> torch.Tensor:
         """The bytes of a cache tensor with axes [..., page, slot, head, element], whatever its layout; a view."""
@@ -248,13 +246,6 @@ class PagedKVCacheManager(PageAllocator):
 
     def _on_device(self, indices: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(indices.astype(np.int64, copy=False)).to(self.device, non_blocking=True)
-
-
-def _check_once(tail: Tail) -> None:
-    """Refuses a page that would be written for two sequences."""
-    pages, times = np.unique(tail.written_pages, return_counts=True)
-    if len(pages) < len(tail.written_pages):
-        raise PageError(f"page {pages[times.argmax()]} would be written for {times.max()} sequences of the batch")
 
 
 def _storable(dtype: torch.dtype) -> torch.dtype:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Int64Array = npt.NDArray[np.int64]
 
-__all__ = ["CalibrationBatch", "Shape", "calibrate", "calibration_shapes", "measure"]
+__all__ = ["CalibrationBatch", "Shape", "calibrate", "calibration_shapes", "lasting", "measure"]
 
 PAGE_SIZE = 16
 #: fewer batches say too little about two dozen constants and more
@@ -134,6 +134,19 @@ class CalibrationBatch:
 
 #: microseconds a layer of a batch with these runs kept, in these slices
 Timer = Callable[[CalibrationBatch, Sequence[bool], Sequence[int]], float]
+
+
+def lasting(seconds: float, clock: Callable[[], float]) -> Callable[[], bool]:
+    """An `on_batch` that stops so many seconds after the first batch, in which kernels are compiled."""
+    begun: float | None = None
+
+    def goes_on() -> bool:
+        nonlocal begun
+        now = clock()
+        begun = now if begun is None else begun
+        return now - begun < seconds
+
+    return goes_on
 
 
 def measure(

@@ -118,13 +118,18 @@ def path_of(name: str, *, version: str | None = None, environ: Mapping[str, str]
 
 
 def save_constants(path: Path, device: Device, chip: Chip, *, version: str | None = None) -> None:
-    """Writes a file; one that is there is replaced whole."""
+    """Writes a file; one that is there is replaced whole. Raises ConstantsError if it cannot be written."""
     constants = asdict(device, filter=lambda attribute, _: attribute.init)
     text = {"format": _FORMAT, "device": chip.name, "flashinfer": _version(version), "constants": constants}
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise ConstantsError(
+            f"{path} cannot be written ({error}): name another file, or set SEQATTN_CACHE_DIR"
+        ) from error
 
 
 def load_constants(path: Path, chip: Chip | None = None, *, version: str | None = None) -> Device:

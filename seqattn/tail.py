@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from attrs import define
 
-from seqattn.errors import LengthError, TensorError
+from seqattn.errors import LengthError, PageError, TensorError
 from seqattn.indptr import to_numpy
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Int64Array = npt.NDArray[np.int64]
 
-__all__ = ["Tail", "append_indptr_of", "tail_of"]
+__all__ = ["Tail", "append_indptr_of", "refuse_twice", "tail_of"]
 
 
 @define(slots=True, frozen=True, eq=False)
@@ -74,6 +74,13 @@ def tail_of(packed: FlashInferPackedData, append_indptr: Int64Array, page_size: 
     ends = np.cumsum(num_written)
     written_at = np.arange(num_written.sum()) + np.repeat(first + first_written - (ends - num_written), num_written)
     return Tail(pages, positions % page_size, indices[written_at], packed, append_indptr)
+
+
+def refuse_twice(written_pages: PageArray) -> None:
+    """Refuses a page that would be written for two sequences; raises PageError."""
+    pages, times = np.unique(written_pages, return_counts=True)
+    if len(pages) < len(written_pages):
+        raise PageError(f"page {pages[times.argmax()]} would be written for {times.max()} sequences of the batch")
 
 
 def append_indptr_of(append_indptr: torch.Tensor, num_sequences: int) -> Int64Array:

@@ -138,7 +138,8 @@ def next_work(work: Work, plan: BatchPlan) -> Work:
         indptr, last = _indptr(level.page_lens[groups]), last[groups]
     *shared, old = work.calls
     how = (old.causal, old.by_group, old.first_query, old.first_part, old.num_rows)
-    call = KernelCall(old.kernel, old.qo_indptr, indptr, pages, last, *how)
+    # Both batches have a row each; the tensors of the earlier one may hold something else by now.
+    call = KernelCall(old.kernel, level.qo_indptr, indptr, pages, last, *how)
     codes = (work.query_codes, work.part_indptr, work.part_codes)
     return Work((*shared, call), *codes, work.num_parts, work.direct)
 

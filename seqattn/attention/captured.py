@@ -83,7 +83,7 @@ class CapturedStep:
     def capture(
         self,
         model: Callable[[CapturedStep, list[torch.Tensor]], Any],
-        pool: Any,  # noqa: ANN401  torch names no type
+        on: tuple[Any, torch.cuda.Stream],
         work: Work,
         places: npt.NDArray[np.int32],
         inputs: Sequence[torch.Tensor],
@@ -92,20 +92,24 @@ class CapturedStep:
 
         Args:
             model: called with this and the inputs in fixed memory.
-            pool: memory that graphs share.
+            on: memory that graphs share, and the stream that records; torch's own for this belongs to the device that
+                captured first, and would record nothing of another.
             work: the step's calls.
             places: int32 [2, rows], as in `Launcher.append_rows`.
             inputs: of the step.
         """
         self._write(work, places, inputs)
-        stream = torch.cuda.Stream(self._backend.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._backend.device))
+        pool, stream = on
+        main = torch.cuda.current_stream(self._backend.device)
+        stream.wait_stream(main)
         with torch.no_grad(), torch.cuda.device(self._backend.device):
-            with torch.cuda.stream(stream):
-                model(self, self._inputs)
-            torch.cuda.current_stream(self._backend.device).wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream):
+                    model(self, self._inputs)
+            finally:  # memory that is given back is not used anew before that
+                main.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 self._outputs = model(self, self._inputs)
         self._graph = graph
 

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from seqattn.append import side_by_side
 from seqattn.attention.calls import KernelCall, Work, is_next, next_work, work_of
 from seqattn.attention.choice import choose
 from seqattn.attention.prepared import Form, Prepared, Scratch, scratch_for
@@ -54,6 +55,8 @@ __all__ = ["FlashInferBackend", "why_not"]
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_DIMS = (64, 128, 256)
+#: how levels are computed is chosen anew when the mean length of what sequences have of their own has grown by so much
+_TOKENS_ALIKE = 32
 
 
 def why_not(manager: PagedKVCacheManager) -> str | None:
@@ -106,7 +109,8 @@ class FlashInferBackend:
         self._turn = 0
         self._scratch: Scratch | None = None
         self._captured: list[Prepared] = []
-        self._known: tuple[BatchPlan, Work] | None = None  # a decoding batch; the next is often much the same
+        #: a decoding batch, its calls and how long its own lists are; the next is often much the same
+        self._known: tuple[BatchPlan, Work, int] | None = None
         self._codes: tuple[object, list[torch.Tensor]] | None = None  # on the device, and the array that tells them
         self._last_slices: tuple[bytes, list[int]] = (b"none", [])
         self._caches: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -137,16 +141,19 @@ class FlashInferBackend:
         """A batch as calls; the arguments are those of `prepare`."""
         if choices is not None:
             return work_of(plan, choices, self.heads_each, self.manager.page_size)
-        if self._known is not None and is_next(self._known[0], plan):
+        own = len(plan.levels[-1].kv_page_indices) * self.manager.page_size // (_TOKENS_ALIKE * max(plan.num_rows, 1))
+        if self._known is not None and self._known[2] == own and is_next(self._known[0], plan):
             return next_work(self._known[1], plan)
         choices = choose(plan, self._slices_of, self.manager.page_size, has_fa3=self.costs.has_fa3)
         work = work_of(plan, choices, self.heads_each, self.manager.page_size)
-        self._known = (plan, work) if plan.levels[-1].decodes else None
+        self._known = (plan, work, own) if plan.levels[-1].decodes else None
         return work
 
     def _slices_of(self, shared: Sequence[Groups], last: Groups) -> list[int]:
         """The slices of shared levels; those of a decoding batch stay the same for many steps."""
-        about = repr((len(last.rows), int(last.rows.sum()), int(last.tokens.sum()) // (32 * len(last.rows)))).encode()
+        about = repr(
+            (len(last.rows), int(last.rows.sum()), int(last.tokens.sum()) // (_TOKENS_ALIKE * len(last.rows)))
+        ).encode()
         key = about + b"".join(array.tobytes() for level in shared for array in (level.rows, level.tokens))
         if key != self._last_slices[0]:
             self._last_slices = key, self.costs.best(shared, self.heads, last)[1]
@@ -232,7 +239,7 @@ class FlashInferBackend:
         caches = self._layer(layer)
         if torch.cuda.is_current_stream_capturing() and not prepared.is_fixed and prepared not in self._captured:
             self._captured.append(prepared)  # the graph goes on using its memory
-        q = q if q.stride(-1) == 1 else q.contiguous()
+        q = side_by_side(q)
         direct = prepared.work.direct
         with torch.cuda.device(self.device):
             out = torch.empty(q.shape, dtype=q.dtype, device=self.device)

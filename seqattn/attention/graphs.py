@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from seqattn.append import sent
 from seqattn.attention.fixed import Sizes, form_of, nothing
-from seqattn.attention.plan import Planner
 from seqattn.attention.step import DecodeStep, launcher_for
 from seqattn.counts import positive
-from seqattn.errors import BadValueError, LengthError, PageError, TensorError
+from seqattn.errors import BadValueError, LengthError, TensorError
+from seqattn.tail import refuse_twice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from seqattn.attention.fixed import StepForm
     from seqattn.attention.front import PagedAttention
     from seqattn.attention.plan import BatchPlan
-    from seqattn.cache import PagedKVCacheManager
     from seqattn.packed import FlashInferHybridData, FlashInferPackedData
 
     Int32Array = npt.NDArray[np.int32]
@@ -100,8 +100,9 @@ class DecodeGraphs(Generic[Out]):
         self._seen: OrderedDict[Any, int] = OrderedDict()
         self._backend: Any = attention._impl if attention.backend == "flashinfer" else None
         self._launcher = launcher_for(manager)
-        self._planner = Planner(manager)
-        self._pool: Any = None
+        #: that of `PagedAttention.plan`, which finds the same levels again for a step without a graph
+        self._planner = attention._planner
+        self._on: tuple[Any, torch.cuda.Stream] | None = None  # memory that graphs share, and the stream that records
         self.num_captures = self.num_replays = self.num_eager = 0
 
     def capture(self, *inputs: torch.Tensor) -> None:
@@ -130,7 +131,7 @@ class DecodeGraphs(Generic[Out]):
             What the model returns, without padding. It lies in memory of the graph: valid until the next call.
 
         Raises:
-            TensorError: `data` is of another type, or an input has not one row for each sequence.
+            TensorError: `data` is of another type, or an input has not one row for each sequence or another device.
             LengthError: a sequence has other than one query row, or broken packed data.
             PageError: a page that is free or not the manager's, or that two sequences would write.
             SharedPageError: the page of a new token has more than one reference.
@@ -143,11 +144,10 @@ class DecodeGraphs(Generic[Out]):
         if plan.num_rows and not plan.levels[-1].decodes:
             raise LengthError("a decode step has one query row for each sequence: pack it with query_lens=None")
         for tensor in inputs:
-            if not isinstance(tensor, torch.Tensor) or len(tensor) != plan.num_rows:
-                seen = len(tensor) if isinstance(tensor, torch.Tensor) else tensor
-                raise TensorError(f"each input must be a tensor of {plan.num_rows} rows, one a sequence, not {seen!r}")
+            _check_input(tensor, plan.num_rows, manager.device)
         places = _new_places(plan)
-        _check_places(manager, places[0])
+        manager.check_writable(places[0])
+        refuse_twice(places[0])
         found = self._fitting(plan, places, inputs)
         if found is None:
             self.num_eager += 1
@@ -183,10 +183,10 @@ class DecodeGraphs(Generic[Out]):
     def _captured(self, form: StepForm, work: Work, places: Int32Array, inputs: Sequence[torch.Tensor]) -> CapturedStep:
         from seqattn.attention.captured import CapturedStep
 
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._on is None:
+            self._on = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._backend.device)  # type: ignore[no-untyped-call]
         step = CapturedStep(self._backend, form, inputs)
-        step.capture(self._run_captured, self._pool, work, places, inputs)
+        step.capture(self._run_captured, self._on, work, places, inputs)
         key = _key(form, inputs)
         self._steps[key] = step
         self._seen.pop(key, None)
@@ -208,8 +208,9 @@ class DecodeGraphs(Generic[Out]):
         self, data: FlashInferPackedData | FlashInferHybridData, places: Int32Array, inputs: Sequence[torch.Tensor]
     ) -> Out:
         self.attention.plan(data)
-        manager, sent = self.attention.manager, torch.from_numpy(places).to(self.attention.manager.device)
-        step = DecodeStep(manager, sent, lambda q, layer: self.attention.run(q, layer=layer), self._launcher)
+        manager = self.attention.manager
+        on_device = sent(places, manager.device)
+        step = DecodeStep(manager, on_device, lambda q, layer: self.attention.run(q, layer=layer), self._launcher)
         with torch.no_grad():
             return self.model(step, *inputs)
 
@@ -228,12 +229,13 @@ def _new_places(plan: BatchPlan) -> Int32Array:
     return places
 
 
-def _check_places(manager: PagedKVCacheManager, pages: Int32Array) -> None:
-    """Refuses pages that may not be written, or that two sequences would write."""
-    manager.check_writable(pages)
-    found, times = np.unique(pages, return_counts=True)
-    if len(found) < len(pages):
-        raise PageError(f"page {found[times.argmax()]} would be written for {times.max()} sequences of the batch")
+def _check_input(given: object, num_rows: int, device: torch.device) -> None:
+    """Refuses what has not a row for each sequence, and what is elsewhere: some steps would copy it, others fail."""
+    if not isinstance(given, torch.Tensor) or given.ndim == 0 or len(given) != num_rows:
+        seen = f"shape {list(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)
+        raise TensorError(f"each input must be a tensor of {num_rows} rows, one a sequence, not {seen}")
+    if given.device != device:
+        raise TensorError(f"an input is on {given.device} but the cache on {device}: move it there first")
 
 
 def _first_rows(outputs: Any, num_rows: int) -> Any:  # noqa: ANN401  the model's

@@ -13,7 +13,7 @@ import torch
 from attrs import evolve
 
 from seqattn import __main__ as command_line
-from seqattn.calibrate import CalibrationBatch, Shape, calibrate, calibration_shapes, measure
+from seqattn.calibrate import CalibrationBatch, Shape, calibrate, calibration_shapes, lasting, measure
 from seqattn.constants import Chip, load_constants, path_of, save_constants
 from seqattn.cuda_steps import CudaSteps
 from seqattn.device import Device, Heads
@@ -75,6 +75,13 @@ def test_measuring_stops_when_time_is_up_but_not_too_early() -> None:
     assert len({step.batch for step in few}) == 12
     times = itertools.count()
     assert len({step.batch for step in measured(0.0, on_batch=lambda: next(times) < 15)}) == 16
+
+
+def test_time_is_counted_from_the_end_of_the_first_batch() -> None:
+    """Kernels are compiled in it, which may take minutes: all sixty batches are measured after them."""
+    times = iter([300.0, 301.0, 349.0, 350.0, 351.0])
+    goes_on = lasting(50.0, lambda: next(times))
+    assert [goes_on() for _ in range(5)] == [True, True, True, False, False]
 
 
 def test_too_little_or_senseless_measurements_are_refused() -> None:

@@ -12,9 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqattn.attention.calls import Choice, KernelCall, Work, work_of
+from seqattn.append import sent, side_by_side
+from seqattn.attention.calls import Choice, KernelCall, Work, is_next, next_work, work_of
 from seqattn.attention.choice import choose
-from seqattn.attention.plan import BatchPlan, plan_batch
+from seqattn.attention.flashinfer_backend import FlashInferBackend
+from seqattn.attention.plan import BatchPlan, Planner, plan_batch
 from seqattn.attention.torch_backend import merge_states
 from seqattn.attention.wrappers import WrapperSet
 from seqattn.cache import PagedKVCacheManager
@@ -187,3 +189,75 @@ def test_workspaces_are_large_enough_for_what_is_planned() -> None:
     assert wrappers._workspace_sizes(call("fa2", 300))[0] >= 64 * padded * 128 * (128 + 1) * 4
     assert wrappers._workspace_sizes(call("fa2", *[100] * 900))[1] >= 12 * 900 * 7
     assert wrappers._workspace_sizes(call("fa3", *[8192] * 64))[1] >= 28 * 64 * 64 * 64
+
+
+def decoding(num_own: int) -> Batch:
+    """Four sequences on 20 pages, with so many pages of their own."""
+    tables = [[*range(20), *range(20 + num_own * i, 20 + num_own * (i + 1))] for i in range(4)]
+    return batch_of(tables, [16] * 4, 16, [1] * 4)
+
+
+def test_a_step_that_follows_needs_nothing_of_the_tensors_of_the_step_before() -> None:
+    """Packed tensors may be written anew after a plan."""
+    manager = PagedKVCacheManager(64, 16, 8, 4, torch.float32, "cpu")
+    planner, choices = Planner(manager), [Choice("fa2"), Choice("decode")]
+    data = [
+        pack_hybrid(b.tables, b.num_tokens, page_size=16, query_lens=None, cost_model=None) for b in [decoding(2)] * 2
+    ]
+    first = planner.plan(data[0], None, causal=True)
+    work = work_of(first, choices, 4, 16)
+    for level in data[0].levels:
+        level.qo_indptr.zero_()
+    second = planner.plan(data[1], None, causal=True)
+    assert is_next(first, second)
+    assert next_work(work, second).calls[-1].qo_indptr.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_ways_are_chosen_anew_when_sequences_have_grown() -> None:
+    manager = PagedKVCacheManager(200, 16, 8, 128, torch.bfloat16, "cpu")
+    backend: Any = object.__new__(FlashInferBackend)  # without what needs a device
+    backend.manager, backend.heads_each, backend.heads = manager, 4, Heads()
+    backend._known, backend._last_slices = None, (b"", [])
+    asked = []
+
+    class Costs:
+        has_fa3 = True
+
+        def best(self, shared: Sequence[Groups], _: Heads, last: Groups) -> tuple[float, list[int]]:
+            asked.append(int(last.tokens[0]))
+            return 0.0, [1 + len(asked) % 2] * len(shared)
+
+    backend.costs = Costs()
+    planner, slices = Planner(manager), []
+    for num_own in (2, 3, 4, 20):
+        batch = decoding(num_own)
+        data = pack_hybrid(batch.tables, batch.num_tokens, page_size=16, query_lens=None, cost_model=None)
+        work = backend.work(planner.plan(data, None, causal=True))
+        slices.append(len(work.calls[0].kv_last_page_len))
+    assert asked == [32, 64, 320]
+    assert slices == [2, 2, 1, 2]
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 8])
+def test_rows_at_an_odd_place_in_memory_are_copied(first: int) -> None:
+    """They are contiguous, but kernels load 16 bytes at a time."""
+    memory = torch.arange(2 * 3 * 64 + 8, dtype=torch.float16)
+    rows = memory[first : first + 2 * 3 * 64].view(2, 3, 64)
+    found = side_by_side(rows)
+    assert found.data_ptr() % 16 == 0
+    assert found.is_contiguous()
+    assert torch.equal(found, rows)
+    assert (found is rows) == (first % 8 == 0)
+
+
+def test_rows_whose_heads_lie_apart_are_copied_only_where_they_must() -> None:
+    fused = torch.randn(4, 12, 64).half()
+    assert side_by_side(fused[:, 4:8]).data_ptr() == fused[:, 4:8].data_ptr()
+    for rows in (fused.transpose(1, 2), fused[..., ::2], torch.randn(4, 3, 65).half()[..., :64]):
+        found = side_by_side(rows)
+        assert found.is_contiguous()
+        assert torch.equal(found, rows)
+
+
+def test_arrays_are_sent_as_they_are() -> None:
+    assert sent(np.arange(5, dtype=np.int32), torch.device("cpu")).tolist() == [0, 1, 2, 3, 4]

@@ -35,6 +35,12 @@ def test_saved_constants_are_used_from_then_on(tmp_path: Path) -> None:
     assert [found.name for found in path.parent.iterdir()] == [path.name], "nothing is left of writing it"
 
 
+def test_a_file_that_cannot_be_written_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConstantsError, match=r"cannot be written .* name another file, or set SEQATTN_CACHE_DIR"):
+        save_constants(tmp_path / "file" / "constants.json", DEVICE, CHIP, version=VERSION)
+
+
 def test_the_folder_is_the_one_that_the_environment_names(tmp_path: Path) -> None:
     name = "constants-a-1.2.json"
     assert path_of("A", version="1.2", environ={"SEQATTN_CACHE_DIR": str(tmp_path)}) == tmp_path / name

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from seqattn import CacheDescriptor, DecodeGraphs, DecodeStep, PagedAttention, PagedKVCacheManager
+from seqattn.attention.captured import CapturedStep
 from seqattn.errors import BadValueError, LengthError, PageError, SharedPageError, TensorError
 
 NUM_LAYERS, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 2, 4, 2, 8, 4
@@ -103,6 +107,14 @@ def no_tensor(engine: Engine) -> None:
     engine.graphs.replay(engine.descriptor.pack_for_flashinfer(engine.ids), [[0.0]] * 3)  # type: ignore[arg-type]
 
 
+def no_rows(engine: Engine) -> None:
+    engine.graphs.replay(engine.descriptor.pack_for_flashinfer(engine.ids), torch.tensor(3.0))
+
+
+def elsewhere(engine: Engine) -> None:
+    engine.graphs.replay(engine.descriptor.pack_for_flashinfer(engine.ids), inputs(3, 0).to("meta"))
+
+
 def many_queries(engine: Engine) -> None:
     data = engine.descriptor.pack_hybrid_for_flashinfer(engine.ids, query_lens=[1, 2, 1])
     engine.graphs.replay(data, inputs(3, 0))
@@ -117,6 +129,8 @@ def other_data(engine: Engine) -> None:
     [
         (wrong_rows, TensorError, "tensor of 3 rows"),
         (no_tensor, TensorError, "tensor of 3 rows"),
+        (no_rows, TensorError, r"tensor of 3 rows, one a sequence, not shape \[\]"),
+        (elsewhere, TensorError, "an input is on meta but the cache on cpu"),
         (many_queries, LengthError, "one query row for each sequence"),
         (other_data, TensorError, "plan needs"),
     ],
@@ -160,3 +174,59 @@ def test_sizes_must_be_positive_and_there_must_be_one() -> None:
     for name in ("capture_after", "max_graphs"):
         with pytest.raises(BadValueError, match=name):
             DecodeGraphs(attention, model, [4], max_tokens=10, **{name: 0})
+
+
+class FakeStream:
+    """Notes which streams it waits for."""
+
+    def __init__(self) -> None:
+        self.waited: list[FakeStream] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waited.append(other)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What a capture calls of CUDA: a current stream, and the stream that each graph was recorded on."""
+    found = SimpleNamespace(main=FakeStream(), recorded=[], is_recording=False)
+
+    @contextmanager
+    def graph(_: object, *, pool: object, stream: object) -> Iterator[None]:
+        found.recorded.append((pool, stream))
+        found.is_recording = True
+        yield
+        found.is_recording = False
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: found.main)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    return found
+
+
+def captured() -> Any:  # noqa: ANN401  a step without what needs a device
+    step: Any = object.__new__(CapturedStep)
+    step._backend, step._inputs, step._write = SimpleNamespace(device="cuda:1"), [], lambda *_: None
+    return step
+
+
+def test_graphs_are_recorded_on_the_stream_that_they_are_given(cuda: SimpleNamespace) -> None:
+    """Not on torch's own, which may be another device's and record nothing."""
+    stream, seen = FakeStream(), []
+    captured().capture(lambda *_: seen.append(cuda.is_recording), ("pool", stream), None, None, [])
+    assert cuda.recorded == [("pool", stream)]
+    assert seen == [False, True]
+    assert (stream.waited, cuda.main.waited) == ([cuda.main], [stream])
+
+
+def test_a_model_that_fails_leaves_no_launches_that_nobody_waits_for(cuda: SimpleNamespace) -> None:
+    def model(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    stream = FakeStream()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        captured().capture(model, ("pool", stream), None, None, [])
+    assert cuda.main.waited == [stream]
+    assert not cuda.recorded
