@@ -58,6 +58,7 @@ class DecodeGraphs(Generic[Out]):
     The model is called as `model(step, *inputs)`, with inputs padded to the batch size, and returns a tensor or a tuple
     of tensors with a row for each sequence. It is called twice for each graph that is captured, and must do the same
     each time: launches only, no wait for the device, no look at values. Where no graph fits, it is called as it is.
+    Belongs to one thread and one stream, like its attention; no other thread may use CUDA during a capture.
 
     Args:
         attention: its backend captures if it is "flashinfer"; with "torch" every step is computed without a graph.
