@@ -1,6 +1,7 @@
 """Chat with a real model: each turn computes what is new in it, not the whole conversation again.
 
-    python examples/chat.py                type, and read the answers as they come; an empty line ends it
+    python examples/chat.py                type, and read the answers as they come (Ctrl-C cuts one short); an empty
+                                           line ends it
     python examples/chat.py --script       a fixed conversation of eight turns
     python examples/chat.py --model NAME   any model of transformers with full attention: a folder or a hub name
 
@@ -19,6 +20,7 @@ from rich.table import Column, Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from radix.integrations.transformers import Chat, Engine, Request, sessions_for
+from seqattn.errors import LengthError
 
 SCRIPT = [
     "What is a list in Python?",
@@ -64,10 +66,19 @@ def talk(engine: Engine, args: argparse.Namespace, console: Console) -> list[Req
         while message := next(script, "") if args.script else typed(console):
             if args.script:
                 console.print(f"[bold]you:[/] {message}")
-            request = chat.submit(message, max_new_tokens=args.max_new_tokens)
-            for piece in engine.follow(request):
-                console.print(piece.text, end="", style="green", markup=False, highlight=False)
+            try:
+                request = chat.submit(message, max_new_tokens=args.max_new_tokens)
+            except LengthError as error:
+                console.print(f"[red]{error}[/]")
+                break
+            try:
+                for piece in engine.follow(request):
+                    console.print(piece.text, end="", style="green", markup=False, highlight=False)
+            except KeyboardInterrupt:
+                engine.cancel(request)
             chat.accept()
+            if not request.tokens:
+                continue
             counts = f"{request.num_cached_tokens} tokens reused, {request.num_computed_tokens} computed"
             console.print(f"\n[dim]{counts}, first token after {request.time_to_first_token:.2f} s[/]\n")
             requests.append(request)
@@ -76,10 +87,10 @@ def talk(engine: Engine, args: argparse.Namespace, console: Console) -> list[Req
 
 def without_reuse(engine: Engine, requests: list[Request], console: Console) -> list[float]:
     """Seconds to the first token where nothing is cached: in namespaces of their own."""
-    seconds = []
+    seconds, is_exact = [], engine.shape.dtype == torch.float32  # or else two nearly equal tokens may change places
     for number, request in enumerate(track(requests, "once more, without reuse", console=console, transient=True)):
         (cold,) = engine.generate([request.prompt], max_new_tokens=1, namespace=("cold", number))
-        assert cold.tokens == request.tokens[:1], "reuse has changed the answer"
+        assert cold.tokens == request.tokens[:1] or not is_exact, "reuse has changed the answer"
         seconds.append(cold.time_to_first_token or 0)
     return seconds
 

@@ -121,6 +121,8 @@ class ChatSession:
         Raises:
             TokenError: not token ids.
             SessionError: it is closed.
+            RetokenisationWarning: where warnings are errors; nothing has changed.
+            What `on_break` raises; the session holds the new prompt then.
 
         Cost: O(tokens), and the pin's.
         """
@@ -132,12 +134,13 @@ class ChatSession:
             if found is None:
                 self._continue(key)
                 return None
+            # First of all: where warnings are errors, nothing has changed.
+            warnings.warn(f"session {self.id!r}: {found}", RetokenisationWarning, stacklevel=2)
             self.last_break = found
             self._supersede(found.position)
             self._continue(key)
         if self._sessions.on_break is not None:
             self._sessions.on_break(self, found)
-        warnings.warn(f"session {self.id!r}: {found}", RetokenisationWarning, stacklevel=2)
         return found
 
     def rollback(self, num_tokens: int) -> None:
@@ -185,9 +188,8 @@ class ChatSession:
         """
         with self.cache.lock:
             self._begin()
-            self._demote_superseded()
-            self.is_open = False
             self._sessions._close(self)
+            self._demote_superseded()
 
     def discard(self) -> None:
         """Ends it for good: nothing is pinned, and what only it has is evicted first, for a fork from where it parted.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,8 @@ class Sessions:
         decode: Decode | None = None,
         on_break: Callable[[ChatSession, Break], None] | None = None,
     ) -> None:
-        if not time_to_live >= 0:
+        given: object = time_to_live
+        if not isinstance(given, (int, float)) or not given >= 0:
             raise BadValueError(f"time_to_live must be a number of at least 0, not {time_to_live!r}")
         self.cache = cache
         self.clock = clock
@@ -70,13 +72,14 @@ class Sessions:
             namespace: under which its tokens are cached; the same each time.
 
         Raises:
-            BadValueError: an id that cannot be hashed.
+            BadValueError: an id or a namespace that cannot be hashed.
             SessionError: there is a session of this id in another namespace.
         """
         with self.cache.lock:
             self.expire()
             session = self._get(session_id)
             if session is None:
+                _refuse_unhashable("namespace", namespace)
                 return self._new(session_id, namespace)
             if not (session.namespace is namespace or session.namespace == namespace):
                 raise SessionError(
@@ -133,10 +136,8 @@ class Sessions:
     # -- under the lock -----------------------------------------------------------------------------------------------
 
     def _get(self, session_id: Hashable) -> ChatSession | None:
-        try:
-            return self._by_id.get(session_id)
-        except TypeError as error:
-            raise BadValueError(f"session_id must be hashable, not {session_id!r}: {error}") from None
+        _refuse_unhashable("session_id", session_id)
+        return self._by_id.get(session_id)
 
     def _new(self, session_id: Hashable, namespace: Hashable) -> ChatSession:
         if self._get(session_id) is not None:
@@ -145,7 +146,9 @@ class Sessions:
         return session
 
     def _close(self, session: ChatSession) -> None:
-        self._closed[session.id] = self.clock()
+        last = next(reversed(self._closed.values()), -math.inf)
+        self._closed[session.id] = max(last, self.clock())  # a clock that was set back lets nobody overtake
+        session.is_open = False
         self.expire()
 
     def _forget(self, session: ChatSession) -> None:
@@ -154,3 +157,10 @@ class Sessions:
         session._let_go()
         del self._by_id[session.id]
         self._closed.pop(session.id, None)
+
+
+def _refuse_unhashable(name: str, value: Hashable) -> None:
+    try:
+        hash(value)
+    except TypeError as error:
+        raise BadValueError(f"{name} must be hashable, not {value!r}: {error}") from None

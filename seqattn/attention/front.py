@@ -69,8 +69,8 @@ class PagedAttention:
         out = attention.run(q, layer=0)                   # once a layer
 
     Query head h reads KV head `h // (num_qo_heads // manager.num_heads)`. The memory stays the manager's: nothing is
-    written, no reference is taken, and the pages must stay in use until the last `run`. It belongs to one thread and, on
-    CUDA, to one stream at a time: its workspaces and its plan are used by every `run`.
+    written, no reference is taken, and the pages must stay in use until the last `run`. It belongs to one thread and,
+    on CUDA, to one stream at a time: its workspaces and its plan are used by every `run`.
 
     Args:
         manager: the pages and their memory.

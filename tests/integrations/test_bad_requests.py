@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from radix.integrations.transformers import Engine
 from seqattn import (
     BadValueError,
     DuplicateSequenceError,
@@ -73,6 +74,25 @@ def test_an_id_may_be_used_again_when_its_request_is_finished_or_cancelled() -> 
         engine.generate([prompt(1, 4)], max_new_tokens=2, request_id="again")
         engine.cancel(engine.submit(prompt(1, 4), max_new_tokens=2, request_id="again"))
     check_all_free(engine)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"cost_model": "fast"}, "cost_model must be None, 'auto' or a CostModel, not 'fast'"),
+        ({"packing": "both"}, "packing must be 'hybrid' or 'plain', not 'both'"),
+    ],
+)
+def test_bad_options_of_an_engine_are_refused(options: dict[str, Untyped], problem: str) -> None:
+    with pytest.raises(BadValueError, match=problem):
+        engine_for(**options)
+
+
+def test_an_engine_needs_a_cache_not_its_memory() -> None:
+    engine = engine_for()
+    for wrong in (engine.cache.manager, None):
+        with pytest.raises(BadValueError, match="cache must be a PrefixCache, not"):
+            Engine(engine.model, None, wrong)  # type: ignore[arg-type]
 
 
 def test_one_prompt_is_no_list_of_prompts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import warnings
 from collections.abc import Sequence
 
@@ -33,6 +34,14 @@ class ChatTokenizer(ByteTokenizer):
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         marks = {0: "", 1: "", 2: "<", 3: ">"} if not skip_special_tokens else dict.fromkeys(range(4), "")
         return "".join("ee" if i == PAIR else marks.get(i, chr(max(0, i - NUM_SPECIAL))) for i in ids)
+
+
+class TrimmingTokenizer(ChatTokenizer):
+    """Its template trims what messages begin and end with."""
+
+    def apply_chat_template(self, messages: Sequence[dict[str, Untyped]], **options: Untyped) -> str:
+        trimmed = [{**message, "content": message["content"].strip()} for message in messages]
+        return super().apply_chat_template(trimmed, **options)
 
 
 class CountingTokenizer(ChatTokenizer):
@@ -114,14 +123,88 @@ def test_where_warnings_are_errors_the_message_is_taken_back() -> None:
     engine = engine_that_says(LETTERS, CountingTokenizer())
     chat = Chat(engine, sessions_for(engine).open("ann"))
     chat.ask("hello", max_new_tokens=5)
-    messages = chat.messages[:]
+    before = chat.messages[:], chat.session.tokens.tolist(), chat.session.lengths[:], chat.session.last_break
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RetokenisationWarning):
             chat.ask("again", max_new_tokens=5)
-    assert (chat.messages, engine.num_waiting, engine.num_running) == (messages, 0, 0)
-    # The session holds the beginning of the new prompt now, so the same message again breaks nothing.
-    assert chat.ask("again", max_new_tokens=5).tokens
+    assert (engine.num_waiting, engine.num_running) == (0, 0)
+    assert (chat.messages, chat.session.tokens.tolist(), chat.session.lengths, chat.session.last_break) == before
+    with pytest.warns(RetokenisationWarning):
+        assert chat.ask("again", max_new_tokens=5).tokens
+    engine.cache.check()
+
+
+def test_a_message_is_taken_back_where_the_listener_raises() -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no such template")
+
+    engine = engine_that_says(LETTERS, ChatTokenizer())
+    chat = Chat(engine, sessions_for(engine, on_break=refuse).open("ann"))
+    first = chat.ask("one", max_new_tokens=5)
+    chat.ask("two", max_new_tokens=5)
+    chat.messages[1] = {"role": "assistant", "content": first.text[:2] + "?"}
+    with pytest.warns(RetokenisationWarning), pytest.raises(RuntimeError, match="no such template"):
+        chat.ask("three", max_new_tokens=5)
+    assert (len(chat.messages), engine.num_waiting, engine.num_running) == (4, 0, 0)
+    assert chat.session.tokens.tolist() == first.all_tokens[: len(first.prompt) + 2].tolist(), "as far as both agree"
+    chat.rollback(2)
+    assert (chat.messages, chat.session.num_tokens) == ([], 0)
+    engine.cache.check()
+
+
+def test_a_template_that_trims_an_answer_costs_that_answer_alone() -> None:
+    engine = engine_that_says("e ", TrimmingTokenizer())
+    chat = Chat(engine, sessions_for(engine).open("ann"))
+    first = chat.ask("hello", max_new_tokens=7, stop_tokens=())
+    assert "ee" in first.text, "spelled by the model in other tokens than by the tokenizer"
+    for message in ("again", "and again", "more"):
+        held, num_prompt = chat.session.tokens, len(first.prompt)
+        trims = first.text != first.text.strip()
+        with pytest.warns(RetokenisationWarning) if trims else contextlib.nullcontext():
+            answer = chat.ask(message, max_new_tokens=7, stop_tokens=())
+        if trims:
+            assert chat.session.last_break is not None
+            assert chat.session.last_break.position >= num_prompt, "all turns before the last are as they were"
+        assert answer.prompt[:num_prompt].tolist() == held[:num_prompt].tolist()
+        first = answer
+    assert chat.session.last_break is not None, "nothing was trimmed: say more"
+    engine.cache.check()
+
+
+def test_what_a_stop_text_cuts_off_is_no_part_of_the_conversation(engine: Engine, sessions: Sessions) -> None:
+    chat, whole = Chat(engine, sessions.open("ann")), Chat(engine, sessions.open("ben"))
+    text = whole.ask("hello", max_new_tokens=9).text
+    answer = chat.ask("hello", max_new_tokens=9, stop_texts=[text[4:7]])
+    assert answer.text == text[: text.find(text[4:7])]
+    assert len(answer.tokens) > len(answer.text)
+    assert chat.session.tokens.tolist() == [*answer.prompt.tolist(), *answer.tokens[: len(answer.text)]]
+    chat.ask("again", max_new_tokens=3)
+    assert chat.session.last_break is None
+    engine.cache.check()
+
+
+def test_messages_that_the_template_does_not_take_are_refused(engine: Engine, sessions: Sessions) -> None:
+    chat = Chat(engine, sessions.open("ann"), messages=[{"text": "Be brief."}])
+    with pytest.raises(BadValueError, match="chat template cannot render these messages: 'role'"):
+        chat.ask("hello")
+    with pytest.raises(BadValueError, match="chat template cannot render these messages: 'role'"):
+        engine.submit([{"content": "hello"}])
+    assert (chat.session.num_tokens, engine.num_waiting) == (0, 0)
+
+
+def test_closed_sessions_give_way_to_who_could_not_run_otherwise() -> None:
+    engine = engine_that_says(LETTERS, num_pages=20)
+    sessions = sessions_for(engine, clock=lambda: 0.0)
+    for name in ("ann", "ben", "cem"):
+        with sessions.open(name) as session:
+            Chat(engine, session).ask(name * 7, max_new_tokens=4)
+    assert len(sessions) == 3
+    with sessions.open("dan") as session:
+        assert Chat(engine, session).ask("dan" * 10, max_new_tokens=4).tokens
+    assert len(sessions) == 3, "one had to go, and no more"
+    assert sessions.open("ann").num_tokens == 0, "the one that was closed first"
+    sessions.check()
     engine.cache.check()
 
 

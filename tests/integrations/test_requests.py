@@ -10,10 +10,7 @@ import torch
 
 from radix import PrefixCache
 from radix.integrations.transformers import Engine, Request, Sampling, manager_for
-from seqattn import (
-    NoPageError,
-    SeqAttnError,
-)
+from seqattn import SeqAttnError
 from tests.integrations.models import Untyped, check_all_free, engine_for, generated, make, prompt
 
 pytest.importorskip("transformers", reason="needs the extra chat")
@@ -239,18 +236,6 @@ def test_a_preempted_request_can_be_forked() -> None:
     check_all_free(engine)
 
 
-def test_when_pins_hold_the_pages_the_engine_says_so_and_loses_nothing() -> None:
-    engine = engine_for(num_pages=8)
-    engine.generate([prompt(1, 50)], max_new_tokens=1)
-    request = engine.submit(prompt(2, 20), max_new_tokens=2)
-    with engine.cache.pin(prompt(1, 50)):
-        with pytest.raises(NoPageError):
-            engine.step()
-        assert (engine.num_waiting, engine.num_running) == (1, 0)
-    assert engine.wait([request])[0].tokens == generated("Llama", prompt(2, 20), 2)
-    check_all_free(engine)
-
-
 def test_a_step_that_fails_leaves_requests_where_they_stood(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_for(max_requests=4, max_tokens_per_step=20)
     requests = [engine.submit(prompt(i, 30), max_new_tokens=8) for i in range(2)]
@@ -284,6 +269,25 @@ def test_a_request_of_another_engine_is_not_waited_for_forever() -> None:
     request = engine_for().submit(prompt(1, 4), max_new_tokens=4)
     with pytest.raises(SeqAttnError, match="'request 0' is no request of this engine"):
         engine_for().wait([request])
+
+
+def test_a_request_of_another_engine_is_neither_cancelled_nor_forked() -> None:
+    engine, other = engine_for(), engine_for()
+    request, own = engine.submit(prompt(1, 4), max_new_tokens=4), other.submit(prompt(2, 4), max_new_tokens=4)
+    assert request.id == own.id
+    for call in (lambda: other.cancel(request), lambda: other.fork(request, sampling=Sampling())):
+        with pytest.raises(SeqAttnError, match="'request 0' is no request of this engine"):
+            call()
+    assert (request.finish_reason, request.forks, other.num_waiting) == (None, [], 1)
+    for each, ids in ((engine.wait([request])[0], prompt(1, 4)), (other.wait([own])[0], prompt(2, 4))):
+        assert each.tokens == generated("Llama", ids, 4)
+
+
+def test_ids_of_the_engine_pass_by_those_that_are_taken() -> None:
+    engine = engine_for()
+    taken = engine.submit(prompt(1, 4), max_new_tokens=2, request_id="request 1")
+    free = engine.generate([prompt(2, 4), prompt(3, 4)], max_new_tokens=2)
+    assert len({request.id for request in (taken, *free)}) == 3
 
 
 def test_times_come_from_the_clock_that_was_given() -> None:

@@ -43,6 +43,13 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(sampling: Sampling, want: 
     assert (got[np.asarray(want) == 0] == 0).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-308, 1e-30, 1e-3])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_the_smaller_the_temperature_the_nearer_to_greedy(temperature: float, options: dict[str, Any]) -> None:
+    logits = torch.cat((LOGITS + 100, torch.tensor([-torch.inf])))
+    assert frequencies(Sampling(temperature=temperature, **options), logits)[1] == 1
+
+
 def test_greedy_takes_the_first_of_equals_and_draws_nothing() -> None:
     assert choose_tokens(torch.tensor([[0.0, 2.0, 2.0]]), [Draw(Sampling())]) == [1]
     mixed = [Draw(Sampling()), Draw(Sampling(temperature=5.0, seed=3)), Draw(Sampling())]

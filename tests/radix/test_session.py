@@ -33,6 +33,28 @@ def sessions(cache: PrefixCache, clock: Clock) -> Sessions:
     return Sessions(cache, clock=clock, time_to_live=10)
 
 
+def test_bad_times_and_namespaces_are_refused_at_once(cache: PrefixCache, sessions: Sessions) -> None:
+    for value in (-1, float("nan"), "5", None):
+        with pytest.raises(BadValueError, match="time_to_live must be a number of at least 0"):
+            Sessions(cache, clock=Clock(), time_to_live=value)  # type: ignore[arg-type]
+    with pytest.raises(BadValueError, match=r"namespace must be hashable, not \[\]"):
+        sessions.open("ann", namespace=[])  # type: ignore[arg-type]
+    assert len(sessions) == 0
+
+
+def test_a_clock_that_fails_closes_nothing_and_one_that_was_set_back_lets_nobody_overtake(cache: PrefixCache) -> None:
+    times = iter([10.0, 10.0, 3.0, 3.0, 3.0, 3.0])
+    sessions = Sessions(cache, clock=lambda: next(times), time_to_live=5)
+    ann, ben, cem = map(sessions.open, ("ann", "ben", "cem"))
+    ann.close()
+    ben.close()
+    sessions.check()
+    with pytest.raises(StopIteration):
+        cem.close()
+    assert cem.is_open
+    sessions.check()
+
+
 # -- a conversation ----------------------------------------------------------------------------------------------------
 
 

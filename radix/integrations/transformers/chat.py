@@ -4,19 +4,23 @@
                 all messages               session.update: warns if it breaks                  session.append
 
 The text of an answer, encoded again, need not be the tokens that were generated. So as long as the template's text goes
-on from the text of what is held, the tokens that are held stay, and only what follows is encoded.
+on from the text of what is held, the tokens that are held stay, and only what follows is encoded. Where it does not,
+those of the turns before that place stay.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from radix.integrations.transformers.text import render
 from radix.session_store import Sessions
+from radix.tokens import TOKEN_BYTES, common_bytes
 from seqattn.counts import as_count
 from seqattn.errors import BadValueError, SessionError
 
@@ -45,17 +49,21 @@ def sessions_for(
 ) -> Sessions:
     """The sessions of an engine's cache, which show text where a prompt breaks; arguments as of `Sessions`, seconds.
 
+    Where pages are short and nothing runs, closed ones end before their time, instead of a request that fails.
+
     Raises:
         BadValueError: an engine without a tokenizer, or a negative time.
     """
     tokenizer = _tokenizer_of(engine)
-    return Sessions(
+    sessions = Sessions(
         engine.cache,
         clock=clock,
         time_to_live=time_to_live,
         decode=lambda ids: _decode(tokenizer, ids),
         on_break=on_break,
     )
+    engine.on_short.append(sessions.expire_next)
+    return sessions
 
 
 class Chat:
@@ -148,14 +156,21 @@ class Chat:
         self._turns.append((len(self.messages), self.session.num_tokens))
         self._asked = request, turn
         try:
-            found = self.session.update(ids)
+            self._update(ids)
         except BaseException:
             self.engine.cancel(request)
             self.accept()
             raise
-        if found is not None:
-            self._turns = [(count, min(num_tokens, found.position)) for count, num_tokens in self._turns]
         return request
+
+    def _update(self, ids: npt.NDArray[np.int32]) -> None:
+        """The session's; a turn ends where its tokens are gone, also if that is told by raising."""
+        held = self.session.tokens
+        try:
+            self.session.update(ids)
+        finally:
+            kept = common_bytes(held.tobytes(), self.session.tokens.tobytes()) // TOKEN_BYTES
+            self._turns = [(count, min(num_tokens, kept)) for count, num_tokens in self._turns]
 
     def accept(self) -> None:
         """The request is finished: its answer is part of the conversation now, and pinned.
@@ -172,7 +187,7 @@ class Chat:
             self.rollback()
             return
         self.messages += [turn, {"role": "assistant", "content": request.text}]
-        self.session.append(request.tokens)
+        self.session.append(request.tokens_of_text())
 
     # -- branches -----------------------------------------------------------------------------------------------------
 
@@ -213,10 +228,16 @@ class Chat:
     def _encode(self, messages: list[Message]) -> npt.NDArray[np.int32]:
         """The tokens of all messages, as far as possible those that are held."""
         tokenizer, held = _tokenizer_of(self.engine), self.session.tokens
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = render(tokenizer, messages)
+
+        def is_another(num_tokens: int) -> bool:
+            return not text.startswith(_decode(tokenizer, held[:num_tokens].tolist()))
+
+        if is_another(len(held)):
+            lengths = self.session.lengths
+            at = bisect_left(lengths, 1, key=is_another)  # where a prefix is another, so are all that are longer
+            held = held[: lengths[at - 1] if at else 0]
         known = _decode(tokenizer, held.tolist())
-        if not text.startswith(known):
-            known, held = "", held[:0]
         more = tokenizer(text[len(known) :], add_special_tokens=False)["input_ids"]
         return np.concatenate((held, np.array(more, dtype=np.int32)))
 

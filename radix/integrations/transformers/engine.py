@@ -80,6 +80,8 @@ class Engine:
     Attributes:
         cache, tokenizer, model: as given.
         shape: the `ModelShape`.
+        on_short: called, one after the other, while nothing runs and no pages are left for who waits first. Each lets
+            go of something and says whether it did; `sessions_for` adds that closed sessions end before their time.
         end_tokens: what ends an answer by default: the end tokens of the model's generation config.
 
     Raises:
@@ -118,10 +120,11 @@ class Engine:
         self.end_tokens = _end_tokens(model, tokenizer)
         self.name = name
         self.clock = clock
-        self.scheduler = Scheduler(cache, most, budget)
+        self.on_short: list[Callable[[], bool]] = []
+        self.scheduler = Scheduler(cache, most, budget, self.on_short)
         self._lock = threading.RLock()
         self._count = itertools.count()
-        self._open_ids: set[Hashable] = set()
+        self._open: dict[Hashable, Request] = {}
 
     @classmethod
     def for_model(
@@ -168,11 +171,11 @@ class Engine:
         stops = self.end_tokens if stop_tokens is None else as_token_set(stop_tokens)
         watch = TextStream(self.tokenizer, as_texts(stop_texts, self.tokenizer)) if stop_texts else None
         draw = Draw(sampling)
-        now, number = self.clock(), next(self._count)
-        own_id = f"{self.name} {number}" if request_id is None else request_id
+        now, (number, free_id) = self.clock(), self._next()
+        own_id = free_id if request_id is None else request_id
         self._refuse_id(own_id, namespace)
         request = Request(own_id, ids, namespace, most, draw, stops, self.tokenizer, watch, now, number)
-        self._open_ids.add(own_id)
+        self._enter(request)
         self.scheduler.inbox.append(request)
         return request
 
@@ -251,8 +254,8 @@ class Engine:
             The requests that got a token, finished ones included; empty if none did.
 
         Raises:
-            NoPageError: nothing runs, and pins or others hold the pages that the first request needs. Nothing is lost:
-                step again when they let go.
+            NoPageError: nothing runs, and pins or others hold the pages that each of the first requests needs. Nothing
+                is lost: step again when they let go.
             Whatever the model raises: requests stand where they stood.
 
         Cost: the model's forward, and on the host O(rows + pages + requests).
@@ -277,9 +280,14 @@ class Engine:
             return self._accept(families, tokens)
 
     def cancel(self, request: Request) -> None:
-        """Ends a request now; what it has computed is published. Nothing happens if it is finished."""
+        """Ends a request now; what it has computed is published. Nothing happens if it is finished.
+
+        Raises:
+            SeqAttnError: it is another engine's.
+        """
         with self._lock:
             if not request.is_finished:
+                self._refuse_foreign(request)
                 request.finish_reason = "cancelled"
                 self._end(request, self.clock())
 
@@ -290,15 +298,17 @@ class Engine:
         one is copied. Where no page is free for that, the fork waits like a new request.
 
         Raises:
-            SeqAttnError: the request is finished.
+            SeqAttnError: the request is finished, or another engine's.
+            BadValueError: `sampling` is no `Sampling`.
         """
         with self._lock:
             if request.is_finished:
                 raise SeqAttnError(f"{request.id!r} is finished and cannot be forked: submit its tokens anew")
-            number = next(self._count)
-            child = request.copy(f"{self.name} {number}", Draw(sampling), self.clock(), number)
+            self._refuse_foreign(request)
+            number, free_id = self._next()
+            child = request.copy(free_id, Draw(sampling), self.clock(), number)
             self._refuse_id(child.id, child.namespace)
-            self._open_ids.add(child.id)
+            self._enter(child)
             if not request.tokens:
                 request.forks.append(child)
             elif request in self.scheduler.running and not request.is_prefilling:
@@ -341,20 +351,32 @@ class Engine:
 
     def _refuse_id(self, request_id: Hashable, namespace: Hashable) -> None:
         self.cache.descriptor.refuse_running(request_id)
-        if request_id in self._open_ids:
-            raise DuplicateSequenceError(request_id, "waits already: use another id")
         try:
             hash(namespace)
         except TypeError as error:
             raise BadValueError(f"namespace must be hashable, not {namespace!r}: {error}") from None
+
+    def _next(self) -> tuple[int, str]:
+        """A place in the order of submission, and an id that none of its requests has."""
+        while True:
+            number = next(self._count)
+            if (own_id := f"{self.name} {number}") not in self._open:
+                return number, own_id
+
+    def _enter(self, request: Request) -> None:
+        if self._open.setdefault(request.id, request) is not request:  # at once, as any thread may submit
+            raise DuplicateSequenceError(request.id, "waits already: use another id")
+
+    def _refuse_foreign(self, request: Request) -> None:
+        if self._open.get(request.id) is not request:
+            raise SeqAttnError(f"{request.id!r} is no request of this engine")
 
     def _advance(self, request: Request, num_seen: int) -> None:
         """Steps once, unless the request has more tokens than the caller has seen, or is finished."""
         with self._lock:
             if len(request.tokens) > num_seen or request.is_finished:
                 return
-            if not self.num_waiting + self.num_running:
-                raise SeqAttnError(f"{request.id!r} is no request of this engine")
+            self._refuse_foreign(request)
             self.step()
 
     def _sample(self, logits: torch.Tensor, families: list[list[Request]]) -> list[int]:
@@ -385,7 +407,7 @@ class Engine:
 
     def _end(self, request: Request, now: float) -> None:
         request.finished_at = now
-        self._open_ids.discard(request.id)
+        del self._open[request.id]
         self.scheduler.end(request)
 
 

@@ -128,6 +128,16 @@ class Request:
         """Itself, and the forks that begin with its first token, forks of forks included."""
         return [self, *(each for fork in self.forks if not fork.is_finished for each in fork.family())]
 
+    def tokens_of_text(self) -> list[int]:
+        """The generated tokens, but those that a stop text cut off `text`, in whole or in part.
+
+        Cost: that of decoding the answer, for each of those.
+        """
+        tokens, watch = self.tokens[:], self.watch
+        while watch is not None and watch.stop is not None and len(decode(watch.tokenizer, tokens)) > watch.stop:
+            tokens.pop()
+        return tokens
+
     def accept(self, token: int, now: float) -> None:
         """Adds the next token, and decides whether it is the last."""
         self.tokens.append(token)

@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from radix.cache import PrefixCache
 from radix.integrations.transformers.attention import NAME, Step
 from radix.integrations.transformers.graphs import GraphStep, graphs_for
 from radix.integrations.transformers.model import describe
 from radix.integrations.transformers.packing import HybridPacker
 from seqattn.attention.front import PagedAttention
 from seqattn.errors import BadValueError, ModelError
+from seqattn.hybrid import CostModel
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
     import numpy.typing as npt
 
-    from radix.cache import PrefixCache
     from radix.integrations.transformers.model import Model
     from radix.integrations.transformers.scheduler import Batch
     from seqattn.attention.graphs import DecodeGraphs
-    from seqattn.hybrid import CostModel
     from seqattn.packed import FlashInferHybridData, FlashInferPackedData
 
 __all__ = ["Packing", "Runner"]
@@ -53,7 +53,7 @@ class Runner:
     Raises:
         ModelError, MissingExtraError: as `describe`.
         TensorError: the cache does not fit the model.
-        BadValueError: an unknown packing or backend.
+        BadValueError: an unknown packing, backend or cost model, or something else for a cache.
     """
 
     def __init__(
@@ -66,8 +66,7 @@ class Runner:
         cost_model: CostModel | Literal["auto"] | None = "auto",
         graph_sizes: Sequence[int] = (),
     ) -> None:
-        if packing not in ("hybrid", "plain"):
-            raise BadValueError(f"packing must be 'hybrid' or 'plain', not {packing!r}")
+        _refuse_options(cache, packing, cost_model)
         self.shape = describe(model)
         manager = self.shape.check_manager(cache.manager)
         self.attention = PagedAttention(manager, self.shape.num_qo_heads, backend=backend, sm_scale=self.shape.sm_scale)
@@ -160,6 +159,15 @@ class Runner:
             raise ModelError(self.shape.name, f"{self.shape.num_layers} layers, of which {step.num_calls} attended")
         logits: torch.Tensor = output.logits[0]
         return logits if options or step.last_rows is None else logits[step.last_rows]
+
+
+def _refuse_options(cache: object, packing: object, cost_model: object) -> None:
+    if not isinstance(cache, PrefixCache):
+        raise BadValueError(f"cache must be a PrefixCache, not {cache!r}: PrefixCache(manager_for(model, num_pages=…))")
+    if packing not in ("hybrid", "plain"):
+        raise BadValueError(f"packing must be 'hybrid' or 'plain', not {packing!r}")
+    if cost_model not in (None, "auto") and not isinstance(cost_model, CostModel):
+        raise BadValueError(f"cost_model must be None, 'auto' or a CostModel, not {cost_model!r}")
 
 
 def _tokens(batch: Batch) -> list[npt.NDArray[np.int32]]:

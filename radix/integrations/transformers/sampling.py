@@ -115,7 +115,8 @@ def _drawn_tokens(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         device=logits.device,
     )
     temperature, top_p, top_k, number = columns.unsqueeze(-1).unbind(1)
-    scores = logits.double() / temperature
+    scores = logits.double()
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature  # at most 0: nothing is too large to divide
     order = None
     if any(o.top_k is not None or o.top_p < 1 for o in options):
         scores, order = scores.sort(dim=-1, descending=True, stable=True)

@@ -6,10 +6,11 @@
 
 A step has a budget of tokens. Every decoding request gets one, what is left goes to prompts in chunks, oldest first.
 
-Admission is in order of arrival, with two exceptions: a prompt that shares at least a page of uncached tokens with one
-that is being computed waits for it to publish them, while others pass by; and after a preemption nothing is admitted
-until a request ends, so that two requests do not take each other's pages in turn. The oldest request is never
-preempted while another runs, so it always comes to its end.
+Admission is in order of arrival, with three exceptions: a prompt that shares at least a page of uncached tokens with
+one that is being computed waits for it to publish them, while others pass by; while nothing runs and pins hold the
+pages of the first, those that need fewer go before it; and after a preemption nothing is admitted until a request ends,
+so that two requests do not take each other's pages in turn. The oldest request is never preempted while another runs,
+so it always comes to its end.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from radix.tokens import TOKEN_BYTES, common_bytes
 from seqattn.errors import NoPageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from radix.cache import PrefixCache
     from radix.integrations.transformers.request import Request
 
@@ -64,6 +67,7 @@ class Scheduler:
         cache: where they run.
         max_requests: that run at a time.
         max_tokens: of one step.
+        on_short: what can let go of pages while nothing runs, and says whether it did.
         inbox: submitted, not yet seen.
         waiting: to be admitted, in order.
         running: in order of admission.
@@ -73,6 +77,7 @@ class Scheduler:
     cache: PrefixCache
     max_requests: int
     max_tokens: int
+    on_short: list[Callable[[], bool]] = field(factory=list)
     inbox: deque[Request] = field(factory=deque)
     waiting: deque[Request] = field(factory=deque)
     running: list[Request] = field(factory=list)
@@ -84,7 +89,7 @@ class Scheduler:
         """Admits requests, and makes room for the next tokens; what decodes is extended by its newest token.
 
         Raises:
-            NoPageError: nothing runs, and the pages of the first that waits are held by others, pins for example.
+            NoPageError: nothing runs, and the pages of all that it looks at are held by others, pins for example.
         """
         self.admit()
         decoding, growth = self._extend([r for r in self.running if not r.is_prefilling])
@@ -134,6 +139,7 @@ class Scheduler:
         if self.is_holding and self.running:
             return
         passed: list[Request] = []
+        short: NoPageError | None = None
         # Looking further than that would cost more with every request that waits.
         while self.waiting and len(self.running) < self.max_requests and len(passed) < self.max_requests:
             request = self.waiting.popleft()
@@ -142,13 +148,17 @@ class Scheduler:
                 continue
             try:
                 self._start(request)
-            except BaseException as error:
-                self.waiting.appendleft(request)
-                if isinstance(error, NoPageError) and self.running:
+            except NoPageError as error:
+                passed.append(request)
+                if self.running:
                     break
-                self.waiting.extendleft(reversed(passed))
+                short = short or error
+            except BaseException:
+                self.waiting.extendleft(reversed([*passed, request]))
                 raise
         self.waiting.extendleft(reversed(passed))
+        if short is not None and not self.running:
+            raise short
 
     def _collect(self) -> None:
         """Empties the inbox; others may fill it meanwhile."""
@@ -156,7 +166,12 @@ class Scheduler:
             self.waiting.append(self.inbox.popleft())
 
     def _start(self, request: Request) -> None:
-        started = self.cache.start(request.id, request.todo, namespace=request.namespace)
+        """Runs a request. While nothing else does, what is only kept for later gives way to it."""
+        todo, namespace = request.todo, request.namespace
+        if not self.running:
+            while not self.cache.can_start(todo, namespace=namespace) and any(let_go() for let_go in self.on_short):
+                pass
+        started = self.cache.start(request.id, todo, namespace=namespace)
         request.begin(started.num_cached_tokens)
         self.running.append(request)
 

@@ -21,7 +21,7 @@ from seqattn.errors import BadValueError, TokenError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["Prompt", "TextStream", "Tokenizer", "as_texts", "as_token_set", "decode", "encode"]
+__all__ = ["Prompt", "TextStream", "Tokenizer", "as_texts", "as_token_set", "decode", "encode", "render"]
 
 #: a tokenizer of transformers; called, and asked for `decode` and `apply_chat_template`
 Tokenizer: TypeAlias = Any
@@ -37,7 +37,7 @@ def encode(tokenizer: Tokenizer | None, prompt: Prompt, vocab_size: int) -> npt.
     """The token ids of a prompt, int32, not empty.
 
     Raises:
-        BadValueError: a text or messages without a tokenizer.
+        BadValueError: a text or messages without a tokenizer, or messages that its chat template cannot render.
         TokenError: none, or not token ids of this model.
     """
     given: Any = prompt
@@ -45,7 +45,7 @@ def encode(tokenizer: Tokenizer | None, prompt: Prompt, vocab_size: int) -> npt.
     if isinstance(given, str) or is_chat:
         if tokenizer is None:
             raise BadValueError("a text needs a tokenizer: make the engine with one, or give token ids")
-        text, is_raw = (given, True) if isinstance(given, str) else (_render(tokenizer, given), False)
+        text, is_raw = (given, True) if isinstance(given, str) else (render(tokenizer, given), False)
         given = tokenizer(text, add_special_tokens=is_raw)["input_ids"]
     ids = token_ids(as_key(given))
     if not len(ids):
@@ -56,8 +56,16 @@ def encode(tokenizer: Tokenizer | None, prompt: Prompt, vocab_size: int) -> npt.
     return ids
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def render(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> str:
+    """The text of messages, ready for an answer.
+
+    Raises:
+        BadValueError: there is no chat template, or it does not take these messages.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: it may raise anything
+        raise BadValueError(f"the tokenizer's chat template cannot render these messages: {error}") from error
     return text
 
 
