@@ -12,9 +12,10 @@ __all__ = ["CLAIMS", "GROUPS", "Claim", "Figure", "Group"]
 
 Options = dict[str, Any]
 
-OURS, WHOLE, RUST, CLASSIC, VLLM, OLD = (
+OURS, WHOLE, HISTORY, RUST, CLASSIC, VLLM, OLD = (
     "ours",
     "ours-whole-pages",
+    "ours-history",
     "sglang-rust",
     "sglang-classic",
     "vllm",
@@ -47,14 +48,14 @@ GROUPS = (
     Group("match", {"tokens": LENGTHS[-1], "shape": "chunks"}, (OURS, RUST, CLASSIC)),
     Group("match", {"tokens": LENGTHS[-1], "shape": "branches"}, (OURS, RUST, CLASSIC)),
     *(Group("insert", {"tokens": n}, (OURS, RUST, CLASSIC, VLLM)) for n in LENGTHS),
-    Group("turn", {"page_size": 16}, (OURS, WHOLE, RUST, CLASSIC, VLLM)),
+    Group("turn", {"page_size": 16}, (OURS, WHOLE, HISTORY, RUST, CLASSIC, VLLM)),
     Group("turn", {"page_size": 64}, (OURS, WHOLE, RUST)),
     Group("turn", {"page_size": 1}, (WHOLE, RUST)),
     Group("anatomy", {}, (OURS, WHOLE)),
     Group("anatomy", {"scale": 0.1}, (OURS, WHOLE)),
     Group("deep", {"shape": "chat"}, (OURS, RUST, CLASSIC, VLLM)),
     Group("deep", {"shape": "branches"}, (OURS, RUST, CLASSIC)),
-    Group("evict", {"leaves": 10_000}, (OURS, RUST, CLASSIC, VLLM)),
+    Group("evict", {"leaves": 10_000}, (OURS, HISTORY, RUST, CLASSIC, VLLM)),
     Group("evict", {"leaves": 100_000}, (OURS, RUST, CLASSIC, VLLM), keeps=True),
     Group("evict", {"leaves": MILLION}, (OURS, RUST, VLLM), keeps=True),
     *(Group("allocate", {"pages": n}, (OURS, OLD)) for n in (128, 1024, 8192, 65_536)),
@@ -159,6 +160,7 @@ CLAIMS = (
     _turn("whole pages", WHOLE, RUST, 1, 1.3),
     _turn("whole pages, slots for free", WHOLE, RUST, 16, None, "turn, tree"),
     _turn("tails, slots for free", OURS, RUST, 16, None, "turn, tree"),
+    _turn("tails, with a history of evictions", HISTORY, RUST, 16, None),
     _against(RUST, "`evict(1)`, 10k idle leaves", "evict", "evict", 15, leaves=10_000),
     _against(RUST, "`evict(1)`, 100k idle leaves", "evict", "evict", None, leaves=100_000),
     _against(RUST, "`evict(1)`, 1M idle leaves", "evict", "evict", 10_000, leaves=MILLION),

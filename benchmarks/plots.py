@@ -17,6 +17,7 @@ __all__ = ["draw_all"]
 COLOURS = {
     "ours": "#1b7f79",
     "ours-whole-pages": "#1b7f79",
+    "ours-history": "#6fb3ae",
     "sglang-rust": "#b7410e",
     "sglang-classic": "#d9a066",
     "vllm": "#4b5fa8",

@@ -31,8 +31,11 @@ MOST_BYTES = 1 << 25
 #: logical time, the call, the sequences that it got pages for, pages wanted, free and idle: plain, as it must be cheap
 Cause: TypeAlias = "tuple[int, str, tuple[Hashable, ...], int, int, int]"
 
-#: cause, namespace, keys of the edges from the node up to the root, their length, first and last byte of what was lost
-Record: TypeAlias = "tuple[Cause, Hashable, tuple[bytes, ...], int, int, int]"
+#: namespace, keys of the edges from a node up to the root, and their length
+Way: TypeAlias = "tuple[Hashable, tuple[bytes, ...], int]"
+
+#: cause, the way to the node that lost pages, first and last byte of what was lost
+Record: TypeAlias = "tuple[Cause, Way, int, int]"
 
 #: cause, and first and last byte of a query that it took
 Lost: TypeAlias = "tuple[Cause, int, int]"
@@ -53,10 +56,12 @@ class History:
     """
 
     __slots__ = (
-        "_kept",
         "_left",
+        "_node",
         "_records",
-        "_rest",
+        "_size",
+        "_stamp",
+        "_way",
         "cleared_at",
         "forgotten_at",
         "most_bytes",
@@ -71,43 +76,36 @@ class History:
         self.forgotten_at: int | None = None
         self.cleared_at: int | None = None
         self._records: deque[Record] = deque()
-        self._rest: bytes | None = None  # the key that the last trimmed node was left with, if it was, …
-        self._left = self._kept = 0  # … where that ends, and its pages
+        # The node that was trimmed last, and what it looks like as long as nobody has used it since: it may well be
+        # next again, and its way is on record then.
+        self._node: Node | None = None
+        self._stamp = self._size = self._left = 0
+        self._way: Way = (None, (), 0)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def note(self, node: Node, num_pages: int, cause: Cause, page_bytes: int) -> None:
-        """A node is about to lose its last `num_pages` pages; about half a microsecond, and O(nodes above)."""
-        records, key = self._records, node.key
-        if key is self._rest:  # more of the same leaf: its path is on record, with what it lost before
-            _, namespace, keys, size, _, _ = records[-1]
-            stop = self._left
+        """A node is about to lose its last `num_pages` pages; half a microsecond, and O(nodes above) for the first."""
+        size = len(node.key)
+        left = (len(node.pages) // PAGE_ID_BYTES - num_pages) * page_bytes
+        # Whoever uses a node stamps it, and nobody changes its key who does not use it.
+        if node is self._node and node.stamp == self._stamp and size == self._size:
+            end = self._left
         else:
-            path, above, size = [key], node.parent, len(key)
-            while above.parent is not None:  # type: ignore[union-attr]  # a root has none, and no pages to lose
-                edge = above.key  # type: ignore[union-attr]
-                path.append(edge)
-                size += len(edge)
-                above = above.parent  # type: ignore[union-attr]
-            keys, namespace, stop = tuple(path), above.namespace, size  # type: ignore[union-attr]
-            self.num_bytes += size
-        self._kept = kept = len(node.pages) // PAGE_ID_BYTES - num_pages
-        self._left = start = stop - len(key) + kept * page_bytes
-        self._rest = None
-        records.append((cause, namespace, keys, size, start, stop))
-        while len(records) > self.most_records or self.num_bytes > self.most_bytes:
+            self._way = _way_to(node)
+            end = self._way[2]
+            self.num_bytes += end
+            self._node, self._stamp = node, node.stamp
+        self._size, self._left = left, end - size + left
+        self._records.append((cause, self._way, self._left, end))
+        if len(self._records) > self.most_records or self.num_bytes > self.most_bytes:
             self._drop()
-
-    def follow(self, node: Node) -> None:
-        """The last node that was noted has been trimmed: what it is left with, if anything, may well go next."""
-        if self._kept and self._records:
-            self._rest = node.key
 
     def clear(self, tick: int) -> None:
         """Everything cached became void: nothing that was lost before is worth telling."""
         self._records.clear()
-        self.num_bytes, self._rest, self.forgotten_at, self.cleared_at = 0, None, None, tick
+        self.num_bytes, self._node, self.forgotten_at, self.cleared_at = 0, None, None, tick
 
     def losses(self, query: bytes, namespace: Hashable, start: int) -> list[Lost]:
         """Which bytes of `query` from `start` on were cached once, and what took them last; in order.
@@ -116,15 +114,15 @@ class History:
         """
         found: list[Lost] = []
         open_: list[tuple[int, int]] = [(start, len(query))]
-        seen: tuple[bytes, ...] | None = None
+        seen: Way | None = None
         common = 0
-        for cause, where, keys, _, begin, end in reversed(self._records):
+        for cause, way, begin, end in reversed(self._records):
             if not open_:
                 break
-            if not (where is namespace or where == namespace):  # a NaN equals nothing, but is itself
+            if not (way[0] is namespace or way[0] == namespace):  # a NaN equals nothing, but is itself
                 continue
-            if keys is not seen:
-                seen, common = keys, _common(keys, query)
+            if way is not seen:
+                seen, common = way, _common(way[1], query)
             first, last = max(begin, start), min(end, common)
             if first < last:
                 found += [(cause, a, b) for a, b in _overlaps(open_, first, last)]
@@ -132,12 +130,25 @@ class History:
         return _joined(sorted(found, key=lambda lost: lost[1]))
 
     def _drop(self) -> None:
-        """Forgets the oldest record, and what only it keeps alive."""
+        """Forgets the oldest records until the bounds are kept, and what only they keep alive."""
         records = self._records
-        cause, _, keys, size, _, _ = records.popleft()
-        self.forgotten_at = cause[0]
-        if not records or records[0][2] is not keys:
-            self.num_bytes -= size
+        while len(records) > self.most_records or self.num_bytes > self.most_bytes:
+            cause, way, _, _ = records.popleft()
+            self.forgotten_at = cause[0]
+            if not records or records[0][1] is not way:
+                self.num_bytes -= way[2]
+                if way is self._way:
+                    self._node = None
+
+
+def _way_to(node: Node) -> Way:
+    """The way from a node up to its root."""
+    keys, above, size = [node.key], node.parent, len(node.key)
+    while above.parent is not None:  # type: ignore[union-attr]  # a root has none, and no pages to lose
+        keys.append(above.key)  # type: ignore[union-attr]
+        size += len(above.key)  # type: ignore[union-attr]
+        above = above.parent  # type: ignore[union-attr]
+    return above.namespace, tuple(keys), size  # type: ignore[union-attr]
 
 
 def _common(keys: tuple[bytes, ...], query: bytes) -> int:

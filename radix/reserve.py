@@ -124,7 +124,8 @@ class Reserve:
 
     def _evict_into(self, pages: PageArray, cause: Cause) -> None:
         """Trims so many pages, which are idle, and writes their numbers; their references are the caller's now."""
-        tree, stats, history, at, num_pages = self.tree, self.stats, self.history, 0, len(pages)
+        tree, stats, at, num_pages = self.tree, self.stats, 0, len(pages)
+        note = self.history.note if self.history.most_records else None
         while at < num_pages:
             node = next(iter(tree.idle))
             run = node.pages
@@ -133,12 +134,10 @@ class Reserve:
             at += count
             stats.evicted_ages[(tree.clock - node.stamp).bit_length()] += count
             stats.evicted_reuses[node.num_reuses.bit_length()] += count
-            if history.most_records:
-                history.note(node, count, cause, tree.page_bytes)
+            if note is not None:
+                note(node, count, cause, tree.page_bytes)
             tree.trim(node, count)
         stats.num_evicted_pages += num_pages
-        if num_pages:
-            history.follow(node)
 
     def give_back(self, pages: PageArray, victims: list[tuple[Node, int]]) -> None:
         """Undoes a `claim`."""
@@ -165,7 +164,7 @@ class Reserve:
     def commit(self, reservation: Reservation, call: str, seq_ids: Iterable[Hashable]) -> None:
         """Takes the victims out of the tree; the pages are the caller's now, who names its call and sequences."""
         if reservation.victims:
-            self.evict_named(reservation.victims, call, tuple(seq_ids), len(reservation.pages))
+            self.evict_named(reservation.victims, call, tuple(seq_ids), len(reservation.pages), reservation.num_free)
 
     def cancel(self, reservation: Reservation) -> None:
         """Gives everything back. Victims are still in the tree, and sound: a copy that fails has written nothing."""
@@ -254,7 +253,7 @@ class Reserve:
         call: str,
         seq_ids: tuple[Hashable, ...],
         num_wanted: int,
-        num_free: int | None = None,
+        num_free: int,
     ) -> None:
         """Trims the tree and notes why; the pages keep its reference for whoever takes them.
 
@@ -263,19 +262,16 @@ class Reserve:
             call: whose pages these are to be: "start", "extend", "fork" or "evict", …
             seq_ids: … and for which sequences.
             num_wanted: pages that it wants in all.
-            num_free: how many of these were free; None for those that are not the victims'.
+            num_free: how many pages were free.
         """
-        tree, stats, history = self.tree, self.stats, self.history
+        tree, stats = self.tree, self.stats
+        note = self.history.note if self.history.most_records else None
         clock, ages, reuses = tree.clock, stats.evicted_ages, stats.evicted_reuses
-        if num_free is None:
-            num_free = num_wanted - sum([count for _, count in victims])
         cause = clock, call, seq_ids, num_wanted, num_free, tree.num_idle_pages
         for node, count in victims:
             ages[(clock - node.stamp).bit_length()] += count
             reuses[node.num_reuses.bit_length()] += count
             stats.num_evicted_pages += count
-            if history.most_records:
-                history.note(node, count, cause, tree.page_bytes)
+            if note is not None:
+                note(node, count, cause, tree.page_bytes)
             tree.trim(node, count)
-        if victims:
-            history.follow(victims[-1][0])

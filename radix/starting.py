@@ -44,6 +44,7 @@ def start_one(
     tail_len = 0 if whole_pages else cached % page_bytes // TOKEN_BYTES
     table = np.empty(num_pages + num_pages // 8 + 8, _INT32)
     pages = table[shared:num_pages]
+    num_free = state.manager.available_pages_count
     victims = state.reserve.claim(pages, path.nodes[-1] if path.nodes else None)
     if victims is None:
         return start_all(state, [Plan(seq_id, key, namespace, path, shared, tail_len, num_pages)])[0]
@@ -59,7 +60,7 @@ def start_one(
         forked = source, copy, tail_len
     result = _begin(state, seq_id, run, path, shared, forked)
     if victims:
-        state.reserve.evict_named(victims, "start", (seq_id,), len(pages))
+        state.reserve.evict_named(victims, "start", (seq_id,), len(pages), num_free)
     return result
 
 

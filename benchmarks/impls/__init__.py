@@ -29,6 +29,7 @@ class Impl(NamedTuple):
 IMPLS = {
     "ours": Impl(None, "benchmarks.impls.ours:Ours", "seqattn + radix"),
     "ours-whole-pages": Impl(None, "benchmarks.impls.ours:OursWholePages", "seqattn + radix, whole pages"),
+    "ours-history": Impl(None, "benchmarks.impls.ours:OursWithHistory", "seqattn + radix, with history"),
     "sglang-rust": Impl("sglang", "benchmarks.impls.sglang:SGLangRust", "SGLang, Rust core"),
     "sglang-classic": Impl("sglang", "benchmarks.impls.sglang:SGLangClassic", "SGLang, classic"),
     "vllm": Impl("vllm", "benchmarks.impls.vllm:VLLM", "vLLM"),

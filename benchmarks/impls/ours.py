@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 
     Prompt = npt.NDArray[np.int32]
 
-__all__ = ["Ours", "OursWholePages"]
+__all__ = ["Ours", "OursWholePages", "OursWithHistory"]
 
 
 class Ours:
     """A prefix cache over a bare allocator: page numbers are real, KV memory is not there."""
 
     whole_pages = False
+    #: evictions that `explain` can look back on; the peers keep no such record
+    history = 0
     package = f"seqattn {seqattn.__version__}"
     #: the module whose `CacheDescriptor` and `PagedKVCacheManager` are measured
     seqattn = seqattn
@@ -35,7 +37,9 @@ class Ours:
     convert = staticmethod(as_key)
 
     def __init__(self, num_pages: int, page_size: int) -> None:
-        self.cache = PrefixCache(PageAllocator(num_pages, page_size), whole_pages=self.whole_pages)
+        self.cache = PrefixCache(
+            PageAllocator(num_pages, page_size), whole_pages=self.whole_pages, history=self.history
+        )
         self.page_size = page_size
         # Bound methods of the library, so that nothing of the benchmark is timed.
         self.match, self.evict_pages = self.cache.match, self.cache.evict
@@ -157,3 +161,9 @@ class OursWholePages(Ours):
     """The same, sharing whole pages only, as the peers do."""
 
     whole_pages = True
+
+
+class OursWithHistory(Ours):
+    """The same, with the history of evictions that a cache has by default."""
+
+    history = 1024

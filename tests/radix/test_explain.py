@@ -76,10 +76,14 @@ def mixes_namespaces_up(patch: pytest.MonkeyPatch) -> None:
 
 
 def forgets_what_is_above_a_leaf_that_is_trimmed_again(patch: pytest.MonkeyPatch) -> None:
-    def follow(self: History, node: Any) -> None:  # noqa: ANN401
-        self._rest, self._left = node.key, len(node.key)
+    real = History.note
 
-    patch.setattr(History, "follow", follow)
+    def note(self: History, node: Any, count: int, cause: Any, page_bytes: int) -> None:  # noqa: ANN401
+        if node is not None and node is self._node:
+            self._left = len(node.key)
+        real(self, node, count, cause, page_bytes)
+
+    patch.setattr(History, "note", note)
 
 
 def is_a_page_off(patch: pytest.MonkeyPatch) -> None:
@@ -246,10 +250,10 @@ def test_a_history_is_bounded_in_records_and_in_bytes() -> None:
         cache.finish("a")
     history = cache.state.history
     assert len(history) == 10
-    kept = {id(key): len(key) for record in history._records for key in record[2]}
+    ways = {id(way): way for _, way, _, _ in history._records}.values()
+    kept = {id(key): len(key) for _, keys, _ in ways for key in keys}
     assert history.num_bytes >= sum(kept.values())
-    paths = {id(keys): sum(map(len, keys)) for _, _, keys, _, _, _ in history._records}
-    assert history.num_bytes == sum(paths.values())
+    assert history.num_bytes == sum(sum(map(len, keys)) for _, keys, _ in ways)
     history.most_bytes = 500
     cache.start("a", [999] * 40)
     assert history.num_bytes <= 500
@@ -267,11 +271,25 @@ def test_a_record_longer_than_the_bound_is_not_kept() -> None:
     assert [part.reason for part in cache.explain(range(32)).missing] == ["unknown"]
 
 
+def test_a_leaf_that_grew_since_it_was_trimmed_is_told_from_what_it_was() -> None:
+    cache = PrefixCache(PageAllocator(16, 4))
+    cache.start("a", range(16))
+    cache.finish("a")
+    cache.evict(1)
+    prompt = [*range(12), *range(90, 98)]
+    cache.start("b", prompt)
+    cache.finish("b")
+    assert len(list(cache.tree)) == 1  # its edge grew in place
+    cache.evict(1)
+    assert [(part.start, part.stop, part.reason) for part in cache.explain(prompt).missing] == [(16, 20, "evicted")]
+    assert [part.start for part in cache.explain(range(16)).missing] == [12]
+
+
 def test_what_is_noted_copies_no_tokens() -> None:
     cache = used(num_pages=20)
     edges = [node.key for node in cache.tree]
     cache.evict(1)
-    *_, (_, _, keys, _, _, _) = cache.state.history._records
+    *_, (_, (_, keys, _), _, _) = cache.state.history._records
     assert all(any(key is edge for edge in edges) for key in keys)
 
 
