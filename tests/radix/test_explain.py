@@ -79,8 +79,9 @@ def forgets_what_is_above_a_leaf_that_is_trimmed_again(patch: pytest.MonkeyPatch
     real = History.note
 
     def note(self: History, node: Any, count: int, cause: Any, page_bytes: int) -> None:  # noqa: ANN401
-        if node is not None and node is self._node:
-            self._left = len(node.key)
+        known: Any = self._node
+        if node is known:
+            self._left = len(known.key)
         real(self, node, count, cause, page_bytes)
 
     patch.setattr(History, "note", note)
