@@ -78,7 +78,7 @@ def _share(state: State, other: Running, own: PageArray, done: Inserted) -> None
         state.manager.hold(pages[:adopted])
         state.manager.drop(own[:adopted])
         table[:adopted] = pages[:adopted]
-        state.descriptor.tables_version += 1
+        state.descriptor.note_rewrite()
     node = state.tree.cut(done.node, at + len(pages), at + count)
     state.tree.hold(node, other.node)
     other.node, other.num_tree_pages = node, at + count
@@ -104,6 +104,7 @@ def _replace(state: State, old_page: int, leaf: Node) -> None:
                 state.tree.release(leaf, above)
                 run.node = above if above.parent is not None else None
                 run.num_tree_pages -= 1
+                run.held = None
     state.manager.drop(old)
 
 
@@ -124,21 +125,22 @@ def publish(state: State, run: Running, num_tokens: int) -> None:
         state.manager.hold(pages[:known])
         state.manager.drop(own[:known])
         own[:known] = pages[:known]
-        state.descriptor.tables_version += 1
+        state.descriptor.note_rewrite()
     state.tree.hold(done.node, run.node)
     run.node, run.num_tree_pages = done.node, at + len(pages)
 
 
-def hand_over(state: State, run: Running, num_tokens: int) -> PageArray:
+def hand_over(state: State, run: Running, num_tokens: int) -> PageArray | None:
     """Puts the first `num_tokens` tokens in the tree, which takes over the references to its new pages.
 
     Returns:
-        Those of the sequence's pages from `run.num_tree_pages` on, int32, whose references are still to be given back.
+        Those of the sequence's pages from `run.num_tree_pages` on, int32, whose references are still to be given back;
+        None for none.
     """
     at, table = run.num_tree_pages, run.table
     last = -(-num_tokens // state.tree.page_size)
     if _append(state, run, num_tokens, table[at:last]):
-        return table[last:]
+        return table[last:] if last < run.num_pages else None
     done = put(state, run, num_tokens)
     first, last = at + done.num_known, at + len(done.pages) // PAGE_ID_BYTES
     return np.concatenate((table[at:first], table[last:]))
@@ -146,10 +148,11 @@ def hand_over(state: State, run: Running, num_tokens: int) -> PageArray:
 
 def _append(state: State, run: Running, num_tokens: int, own: PageArray) -> bool:
     """The most common case: the deepest node that the sequence holds is its alone, and grows in place."""
-    if run.node is None or run.node.num_holders > 1 or not len(own) or state.manager.ref_count.item(own.item(0)) > 1:
+    node = run.node
+    if node is None or node.num_holders > 1 or not len(own) or state.manager.ref_count.item(own.item(0)) > 1:
         return False
     key = run.key(num_tokens, run.num_tree_pages * state.tree.page_size)
-    gone = state.tree.append(run.node, key, own.tobytes())
+    gone = state.tree.append(node, key, own.tobytes())
     if gone:
         state.manager.drop_one(int.from_bytes(gone, sys.byteorder))
     return gone is not None

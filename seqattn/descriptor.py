@@ -14,7 +14,6 @@ Invariants (`check()`):
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Hashable, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Literal
@@ -22,7 +21,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from attrs import define, field
 
-from seqattn.buffers import Buffers
 from seqattn.counts import as_count
 from seqattn.errors import (
     BadValueError,
@@ -32,14 +30,12 @@ from seqattn.errors import (
     PageError,
     UnknownSequenceError,
 )
+from seqattn.flat_tables import FlatTables, as_int32
 from seqattn.page_lists import concatenate, has_twice
 from seqattn.pages import PageAllocator
 from seqattn.sequence import SequenceData
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-    import torch
-
     from seqattn.hybrid import CostModel
     from seqattn.packed import FlashInferHybridData, FlashInferPackedData
     from seqattn.pages import PageArray, PageList
@@ -72,10 +68,11 @@ class CacheDescriptor:
 
     cache_manager: PageAllocator
     seq_id_to_data: dict[Hashable, SequenceData] = field(factory=dict)
-    _last_pack: _LastPack | None = field(init=False, default=None, repr=False, eq=False)
-    _buffers: Buffers = field(init=False, factory=Buffers, repr=False, eq=False)
+    _flat: FlatTables = field(init=False, factory=FlatTables, repr=False, eq=False)
     #: counts the changes of page tables, so that packing knows when only lengths have changed
     tables_version: int = field(init=False, default=0, repr=False, eq=False)
+    #: the count at the last change that did more than append pages
+    tables_rewritten: int = field(init=False, default=0, repr=False, eq=False)
 
     @property
     def page_size(self) -> int:
@@ -191,7 +188,8 @@ class CacheDescriptor:
             for seq_id, src, dst in zip(growth.copy_ids, growth.copy_src, pages[:at].tolist(), strict=True):
                 self.seq_id_to_data[seq_id].table[-1] = dst
                 self.cache_manager.drop(np.array([src], dtype=np.int32))
-        if growth.num_pages:
+            self.note_rewrite()
+        elif growth.num_pages:
             self.tables_version += 1
         for seq_id, count, last in zip(growth.seq_ids, growth.num_new_pages, growth.last_page_lens, strict=True):
             data = self.seq_id_to_data.get(seq_id)
@@ -278,8 +276,12 @@ class CacheDescriptor:
 
     def remove(self, seq_id: Hashable) -> SequenceData:
         """Takes a sequence out without giving its references back: they are the caller's now; unchecked."""
-        self.tables_version += 1
+        self.note_rewrite()
         return self.seq_id_to_data.pop(seq_id)
+
+    def note_rewrite(self) -> None:
+        """A table has changed other than by pages appended to it."""
+        self.tables_version = self.tables_rewritten = self.tables_version + 1
 
     # -- shrinking ----------------------------------------------------------------------------------------------------
 
@@ -298,7 +300,7 @@ class CacheDescriptor:
         if keep < data.num_pages:
             self.cache_manager.drop(data.table[keep:])
             data.cut(keep)
-            self.tables_version += 1
+            self.note_rewrite()
         data.last_page_len = num_tokens - (keep - 1) * self.page_size if keep else 0
 
     def check_cut(self, seq_id: Hashable, num_tokens: int) -> int:
@@ -319,7 +321,7 @@ class CacheDescriptor:
             self.data_of(seq_id)
         for seq_id in seq_ids:
             self.cache_manager.drop(self.seq_id_to_data.pop(seq_id).table)
-        self.tables_version += 1
+        self.note_rewrite()
 
     # -- packing ------------------------------------------------------------------------------------------------------
 
@@ -340,7 +342,8 @@ class CacheDescriptor:
             UnknownSequenceError: an id has no sequence.
             LengthError: `num_tokens` does not fit.
 
-        Cost: one copy of the page tables; O(batch) if only lengths have changed since the last pack of this batch.
+        Cost: one copy of the page tables. For a batch packed before: one move of them in place if a few have grown, and
+        O(batch) if only lengths have changed.
         """
         import torch
 
@@ -348,18 +351,12 @@ class CacheDescriptor:
 
         if num_tokens is not None:
             tables, lens = self.tables(seq_ids, num_tokens)
-            indices, indptr = _flatten(tables, self._buffers)
             last = (lens - 1) % self.page_size + (lens > 0)
             last[lens == 0] = 0
-            return FlashInferPackedData.trusted(indices, indptr, torch.from_numpy(last.astype(np.int32)))
-        seq_ids, pack = list(seq_ids), self._last_pack
-        if pack is None or pack.version != self.tables_version or pack.seq_ids != seq_ids:
-            found = self.all_of(seq_ids)
-            pack = self._last_pack = None  # its memory may serve again, while it is in the processor's cache
-            indices, indptr = _flatten([data.table for data in found], self._buffers)
-            pack = self._last_pack = _LastPack(self.tables_version, seq_ids, found, indices, indptr)
-        last_lens = _int32([data.last_page_len for data in pack.found])
-        return FlashInferPackedData.trusted(pack.indices, pack.indptr, torch.from_numpy(last_lens))
+            return FlashInferPackedData.trusted(*self._flat.joined(tables), torch.from_numpy(last.astype(np.int32)))
+        flat = self._flat.of(list(seq_ids), self.tables_version, self.tables_rewritten, self.all_of)
+        last_lens = as_int32([data.last_page_len for data in flat.found])
+        return FlashInferPackedData.trusted(flat.indices, flat.indptr, torch.from_numpy(last_lens))
 
     def pack_hybrid_for_flashinfer(
         self,
@@ -440,31 +437,3 @@ class CacheDescriptor:
         if num_different < len(seq_ids):
             twice = next(seq_id for i, seq_id in enumerate(seq_ids) if seq_id in seq_ids[:i])
             raise DuplicateSequenceError(twice, "is named twice in one call: name each sequence once")
-
-
-@define(slots=True)
-class _LastPack:
-    """The tensors of the last pack, to be shared by the next one if no table has changed since."""
-
-    version: int
-    seq_ids: list[Hashable]
-    found: list[SequenceData]
-    indices: torch.Tensor
-    indptr: torch.Tensor
-
-
-def _flatten(tables: Sequence[PageArray], buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tables back to back (int32 [total]) and where each begins (int32 [batch + 1])."""
-    import torch
-
-    indptr = np.zeros(len(tables) + 1, dtype=np.int32)
-    np.cumsum(_int32([len(table) for table in tables]), out=indptr[1:])
-    indices = buffers.take(indptr.item(-1))
-    if tables:
-        np.concatenate(tables, out=indices)
-    return torch.from_numpy(indices), torch.from_numpy(indptr)
-
-
-def _int32(values: list[int]) -> npt.NDArray[np.int32]:
-    """`np.array(values, dtype=np.int32)` in two thirds of the time for hundreds of them, where it matters."""
-    return np.frombuffer(bytearray(struct.pack(f"{len(values)}i", *values)), np.int32)

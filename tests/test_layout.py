@@ -44,6 +44,7 @@ ORDER = [
     "seqattn/cost.py",
     "seqattn/hybrid.py",
     "seqattn/sequence.py",
+    "seqattn/flat_tables.py",
     "seqattn/descriptor.py",
     "seqattn/attention/plan.py",
     "seqattn/attention/torch_backend.py",
