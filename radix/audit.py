@@ -81,6 +81,8 @@ def _check_running(state: State, seq_id: object, run: Running) -> None:
         _fail(state, "C2", f"sequence {seq_id!r} has {run.num_tree_pages} tree pages but its node is {run.node!r}")
     if len(pages) != run.num_tree_pages or not np.array_equal(pages, run.table[: len(pages)]):
         _fail(state, "C2", f"sequence {seq_id!r} holds {run!r} but its path has pages {pages.tolist()}")
+    if not np.array_equal(run.tree_pages, pages):
+        _fail(state, "C2", f"sequence {seq_id!r} has pages {pages.tolist()} of the tree but gives others back")
     tree_key, key = path_key(run.node), run.key(run.num_ids)
     size = min(len(tree_key), len(key))
     if tree_key[:size] != key[:size]:

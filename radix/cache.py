@@ -298,6 +298,7 @@ class PrefixCache:
             let_go_after(self.state, run, -(-num_tokens // self.tree.page_size))
             self.descriptor.truncate(seq_id, num_tokens)
             run.cut_tokens(num_tokens)
+            run.may_end_shared = True
 
     # -- ending -------------------------------------------------------------------------------------------------------
 
@@ -340,7 +341,10 @@ class PrefixCache:
             num_tokens = run.num_ids if num_tokens is None else self.descriptor.check_cut(seq_id, num_tokens)
             if self.whole_pages:
                 num_tokens -= num_tokens % self.tree.page_size
-            own = hand_over(self.state, run, num_tokens) if num_tokens and not run.is_detached else None
+            if num_tokens and not run.is_detached:
+                own = hand_over(self.state, run, num_tokens)
+            else:
+                own = run.table[run.num_tree_pages :]
             self._end(seq_id, run, own)
 
     def abort(self, seq_id: Hashable) -> None:
@@ -355,18 +359,15 @@ class PrefixCache:
         with self.lock:
             run = self._get(seq_id)
             self.state.retries.remember(seq_id, run.namespace, run.request)
-            self._end(seq_id, run, None)
+            self._end(seq_id, run, run.table[run.num_tree_pages :])
 
     def _end(self, seq_id: Hashable, run: Running, own: PageArray | None) -> None:
         """Forgets a sequence and gives its references back, those to `own` of the pages that are not the tree's."""
-        node, shared = run.node, run.num_tree_pages
-        if own is None:
-            own = run.table[shared:]
-        if len(own):
+        if own is not None and len(own):
             self.manager.drop(own)
-        if node is not None:
-            self.manager.unhold(run.table[:shared])
-            self.tree.release(node)
+        if run.node is not None:
+            self.manager.unhold(run.tree_pages)
+            self.tree.release(run.node)
         self.descriptor.remove(seq_id)
 
     # -- keeping and forgetting ---------------------------------------------------------------------------------------
@@ -430,7 +431,7 @@ class PrefixCache:
                 pin.node = None
             self.state.pins.clear()
             for run in self.state.running.values():
-                run.node, run.num_tree_pages, run.is_detached = None, 0, True
+                run.node, run.num_tree_pages, run.held, run.is_detached = None, 0, None, True
             self.tree.clear()
             self.state.history.clear(self.tree.clock)
 

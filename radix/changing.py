@@ -43,8 +43,9 @@ def extend_all(state: State, seq_ids: Sequence[Hashable], keys: Sequence[bytes])
 
 def extend_one(state: State, seq_id: Hashable, run: Running, key: bytes) -> None:
     """`extend_all` for one sequence, without the lists that many need; raises what it raises."""
-    page_size, used, num_tokens = state.tree.page_size, run.last_page_len, len(key) // TOKEN_BYTES
-    if not num_tokens or not used or (used < page_size and state.manager.ref_count.item(run.table.item(-1)) > 1):
+    manager, page_size, used = state.manager, state.tree.page_size, run.last_page_len
+    num_tokens = len(key) // TOKEN_BYTES
+    if not num_tokens or not used or ((run.may_end_shared or manager.was_referenced_by_hand) and used < page_size):
         extend_all(state, [seq_id], [key])
         return
     num_new, last = divmod(used + num_tokens - 1, page_size)
@@ -91,3 +92,4 @@ def let_go_after(state: State, run: Running, num_pages: int) -> None:
         state.tree.release(run.node, above)
         run.node = above if num_pages else None
         run.num_tree_pages = num_pages
+        run.held = None

@@ -93,13 +93,16 @@ class History:
         if node is self._node and node.stamp == self._stamp and size == self._size:
             end = self._left
         else:
-            self._way = _way_to(node)
+            self._way = _way_to(node, size)
             end = self._way[2]
             self.num_bytes += end
-            self._node, self._stamp = node, node.stamp
-        self._size, self._left = left, end - size + left
-        self._records.append((cause, self._way, self._left, end))
-        if len(self._records) > self.most_records or self.num_bytes > self.most_bytes:
+            self._node = node
+            self._stamp = node.stamp
+        self._size = left
+        self._left = left = end - size + left
+        records = self._records
+        records.append((cause, self._way, left, end))
+        if len(records) > self.most_records or self.num_bytes > self.most_bytes:
             self._drop()
 
     def clear(self, tick: int) -> None:
@@ -132,23 +135,28 @@ class History:
     def _drop(self) -> None:
         """Forgets the oldest records until the bounds are kept, and what only they keep alive."""
         records = self._records
-        while len(records) > self.most_records or self.num_bytes > self.most_bytes:
+        while True:
             cause, way, _, _ = records.popleft()
-            self.forgotten_at = cause[0]
             if not records or records[0][1] is not way:
                 self.num_bytes -= way[2]
                 if way is self._way:
                     self._node = None
+            if len(records) <= self.most_records and self.num_bytes <= self.most_bytes:
+                self.forgotten_at = cause[0]
+                return
 
 
-def _way_to(node: Node) -> Way:
-    """The way from a node up to its root."""
-    keys, above, size = [node.key], node.parent, len(node.key)
-    while above.parent is not None:  # type: ignore[union-attr]  # a root has none, and no pages to lose
-        keys.append(above.key)  # type: ignore[union-attr]
-        size += len(above.key)  # type: ignore[union-attr]
-        above = above.parent  # type: ignore[union-attr]
-    return above.namespace, tuple(keys), size  # type: ignore[union-attr]
+def _way_to(node: Node, size: int) -> Way:
+    """The way from a node, whose key has `size` bytes, up to its root."""
+    above: Node = node.parent  # type: ignore[assignment]  # never a root
+    if above.parent is None:
+        return above.namespace, (node.key,), size  # type: ignore[attr-defined]  # a root
+    keys = [node.key]
+    while above.parent is not None:
+        keys.append(above.key)
+        size += len(above.key)
+        above = above.parent
+    return above.namespace, tuple(keys), size
 
 
 def _common(keys: tuple[bytes, ...], query: bytes) -> int:

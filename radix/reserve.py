@@ -7,6 +7,7 @@ So whatever fails between, `cancel` leaves everything as it was.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -73,75 +74,82 @@ class Reserve:
     stats: CacheStats
     history: History
 
-    def claim(self, pages: PageArray, spared: Node | None) -> list[tuple[Node, int]] | None:
-        """`reserve` for one sequence, straight into its page table, in all but rare cases.
+    def can_evict(self, num_pages: int, spared: Node | None) -> bool:
+        """Whether the next `num_pages` idle pages may simply be taken; False where `reserve` must take a closer look.
 
         Args:
-            pages: int32; free pages are taken into its beginning, idle ones named in the rest.
+            num_pages: how many, at least one.
             spared: a node that nothing may be taken from, nor from those above it, which stand behind it in the queue.
-
-        Returns:
-            The victims to `evict_named`, or to `give_back`. None if too few pages are idle, if a victim would be
-            spared, or if pages are held by hand: nothing has changed then, and `reserve` takes the closer look.
         """
-        manager = self.manager
-        num_free, missing = manager.available_pages_count, len(pages) - manager.available_pages_count
-        victims: list[tuple[Node, int]] = []
-        if missing > 0:
-            if missing > self.tree.num_idle_pages or manager.was_referenced_by_hand:
-                return None
-            runs = []
-            for node in self.tree.idle:
-                if node is spared:
-                    return None
-                run = node.pages
-                count = min(len(run) // PAGE_ID_BYTES, missing)
-                victims.append((node, count))
-                runs.append(run[-count * PAGE_ID_BYTES :])
-                missing -= count
-                if not missing:
-                    break
-            pages[num_free:] = np.frombuffer(runs[0] if len(runs) == 1 else b"".join(runs), _INT32)
-            pages = pages[:num_free]
-        if len(pages):
-            manager.take_into(pages)
-        return victims
+        tree = self.tree
+        if num_pages > tree.num_idle_pages or self.manager.was_referenced_by_hand:
+            return False
+        if spared is None or spared.num_holders:  # then those above it are held too
+            return True
+        num_bytes = num_pages * PAGE_ID_BYTES
+        for node in tree.idle:
+            if node is spared:
+                return False
+            num_bytes -= len(node.pages)
+            if num_bytes <= 0:
+                break
+        return True
+
+    def first_victim(self, num_pages: int) -> int:
+        """The page that comes first when the next `num_pages` idle pages are taken."""
+        pages = next(iter(self.tree.idle)).pages
+        at = max(0, len(pages) - num_pages * PAGE_ID_BYTES)
+        return int.from_bytes(pages[at : at + PAGE_ID_BYTES], sys.byteorder)
 
     def take(self, pages: PageArray, call: str, seq_ids: tuple[Hashable, ...]) -> bool:
-        """`claim` and `evict_named` at once; False where `claim` gives None: nothing has changed then."""
+        """Pages for one sequence: free ones, then idle ones, written to `pages`, int32.
+
+        Returns:
+            Whether it was that simple; if not, nothing has changed, and `reserve` takes the closer look.
+        """
         manager, tree = self.manager, self.tree
-        num_pages, at = len(pages), manager.available_pages_count
-        missing = num_pages - at
+        num_pages, num_free = len(pages), manager.available_pages_count
+        missing = num_pages - num_free
         if missing <= 0:
             manager.take_into(pages)
             return True
         if missing > tree.num_idle_pages or manager.was_referenced_by_hand:
             return False
-        if at:
-            manager.take_into(pages[:at])
-        self._evict_into(pages[at:] if at else pages, (tree.clock, call, seq_ids, num_pages, at, tree.num_idle_pages))
+        if num_free:
+            manager.take_into(pages[:num_free])
+            pages = pages[num_free:]
+        cause = tree.clock, call, seq_ids, num_pages, num_free, tree.num_idle_pages
+        pages[:] = np.frombuffer(self.evict_next(missing, cause), _INT32)
         return True
 
-    def _evict_into(self, pages: PageArray, cause: Cause) -> None:
-        """Trims so many pages, which are idle, and writes their numbers; their references are the caller's now."""
-        tree, stats, at, num_pages = self.tree, self.stats, 0, len(pages)
-        note = self.history.note if self.history.most_records else None
-        while at < num_pages:
-            node = next(iter(tree.idle))
-            run = node.pages
-            count = min(len(run) // PAGE_ID_BYTES, num_pages - at)
-            pages[at : at + count] = np.frombuffer(run, _INT32, count, len(run) - count * PAGE_ID_BYTES)
-            at += count
-            stats.evicted_ages[(tree.clock - node.stamp).bit_length()] += count
-            stats.evicted_reuses[node.num_reuses.bit_length()] += count
-            if note is not None:
-                note(node, count, cause, tree.page_bytes)
-            tree.trim(node, count)
-        stats.num_evicted_pages += num_pages
+    def evict_next(self, num_pages: int, cause: Cause) -> bytes:
+        """Trims the next so many pages, which are idle; their references are the caller's now.
 
-    def give_back(self, pages: PageArray, victims: list[tuple[Node, int]]) -> None:
-        """Undoes a `claim`."""
-        self.manager.drop(pages[: len(pages) - sum([count for _, count in victims])])
+        Returns:
+            Their numbers as bytes of int32: of each node that loses pages in the order of its tokens.
+        """
+        tree, stats, history = self.tree, self.stats, self.history
+        ages, reuses, idle, clock, runs = stats.evicted_ages, stats.evicted_reuses, tree.idle, tree.clock, None
+        stats.num_evicted_pages += num_pages
+        while True:
+            node = next(iter(idle))
+            pages = node.pages
+            count = len(pages) // PAGE_ID_BYTES
+            if count > num_pages:
+                count = num_pages
+                pages = pages[-count * PAGE_ID_BYTES :]
+            ages[(clock - node.stamp).bit_length()] += count
+            reuses[node.num_reuses.bit_length()] += count
+            if history.most_records:
+                history.note(node, count, cause, tree.page_bytes)
+            tree.trim(node, count)
+            if count == num_pages:
+                return pages if runs is None else b"".join((*runs, pages))
+            num_pages -= count
+            if runs is None:
+                runs = [pages]
+            else:
+                runs.append(pages)
 
     def reserve(self, num_pages: int, kept: Kept = NOTHING_KEPT) -> Reservation:
         """Pages for `num_pages`, idle ones outside `kept` if too few are free.
@@ -172,15 +180,22 @@ class Reserve:
 
     def evict(self, num_pages: int) -> int:
         """Frees up to `num_pages` idle pages; returns how many."""
-        num_free = self.manager.available_pages_count
-        if self.manager.was_referenced_by_hand:
+        manager, tree = self.manager, self.tree
+        num_free = manager.available_pages_count
+        if manager.was_referenced_by_hand:
             victims, pages = self.find(num_pages)
             self.evict_named(victims, "evict", (), num_pages, num_free)
-        else:
-            pages = np.empty(min(num_pages, self.tree.num_idle_pages), _INT32)
-            self._evict_into(pages, (self.tree.clock, "evict", (), num_pages, num_free, self.tree.num_idle_pages))
-        self.manager.drop(pages)
-        return len(pages)
+            manager.drop(pages)
+            return len(pages)
+        count = min(num_pages, tree.num_idle_pages)
+        if count:
+            cause = tree.clock, "evict", (), num_pages, num_free, tree.num_idle_pages
+            evicted = self.evict_next(count, cause)
+            if count == 1:
+                manager.drop_one(int.from_bytes(evicted, sys.byteorder))
+            else:
+                manager.drop(np.frombuffer(evicted, _INT32))
+        return count
 
     def find(self, num_pages: int, kept: Kept = NOTHING_KEPT) -> tuple[list[tuple[Node, int]], PageArray]:
         """The victims that free the next `num_pages` idle pages, and those pages, in the order in which they go.

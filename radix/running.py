@@ -15,7 +15,7 @@ from seqattn.sequence import SequenceData
 if TYPE_CHECKING:
     from radix.node import Node
     from radix.tree import Path
-    from seqattn.pages import PageArray
+    from seqattn.pages import PageArray, PageIndex
 
 _INT32 = np.dtype(np.int32)
 
@@ -74,11 +74,23 @@ class Running(SequenceData):
         tail: the tokens added since.
         node: the deepest node whose pages it holds; None if it holds none.
         num_tree_pages: its leading pages that are the tree's: where `node` ends.
+        may_end_shared: cut by `truncate` before: perhaps inside a page that others hold too.
+        held: these pages as an index, if there are as many; None where nobody has made it.
         request: the prompt as it was given, whatever was cut since; None for a fork, which is no request of its own.
         is_detached: started before a `clear`: it publishes nothing.
     """
 
-    __slots__ = ("is_detached", "namespace", "node", "num_tree_pages", "prompt", "request", "tail")
+    __slots__ = (
+        "held",
+        "is_detached",
+        "may_end_shared",
+        "namespace",
+        "node",
+        "num_tree_pages",
+        "prompt",
+        "request",
+        "tail",
+    )
 
     def __init__(
         self, table: PageArray, num_pages: int, last_page_len: int, namespace: Hashable, prompt: bytes
@@ -93,7 +105,9 @@ class Running(SequenceData):
         self.tail = bytearray()
         self.node: Node | None = None
         self.num_tree_pages = 0
+        self.held: PageIndex | None = None
         self.is_detached = False
+        self.may_end_shared = False
 
     @classmethod
     def of(cls, num_pages: int, page_size: int, namespace: Hashable, prompt: bytes) -> Running:
@@ -101,6 +115,12 @@ class Running(SequenceData):
         table = np.empty(num_pages + num_pages // 8 + 8, _INT32)
         num_tokens = len(prompt) // TOKEN_BYTES
         return cls(table, num_pages, num_tokens - (num_pages - 1) * page_size, namespace, prompt)
+
+    @property
+    def tree_pages(self) -> PageIndex:
+        """Its pages that are the tree's, as an index."""
+        held, count = self.held, self.num_tree_pages
+        return held if held is not None and len(held) == count else self.table[:count].astype(np.intp)
 
     @property
     def num_ids(self) -> int:
@@ -134,10 +154,9 @@ class Pin:
 
 def match_of(path: Path, page_bytes: int) -> PrefixMatch:
     """A lookup's result in the words of the interface."""
-    num_bytes = path.num_bytes
-    num_full, tail = divmod(num_bytes, page_bytes)
-    pages = np.frombuffer(path.pages, _INT32)
+    num_bytes, pages = path.num_bytes, np.frombuffer(path.pages, _INT32)
+    num_tokens, num_full = num_bytes // TOKEN_BYTES, num_bytes // page_bytes
     if len(pages) == num_full:
-        return PrefixMatch(num_bytes // TOKEN_BYTES, pages, None, 0)
-    tail_page = int(pages[num_full]) if tail else None
-    return PrefixMatch(path.num_bytes // TOKEN_BYTES, pages[:num_full], tail_page, tail // TOKEN_BYTES)
+        return PrefixMatch(num_tokens, pages, None, 0)
+    tail = num_bytes % page_bytes
+    return PrefixMatch(num_tokens, pages[:num_full], pages.item(num_full) if tail else None, tail // TOKEN_BYTES)

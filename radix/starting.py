@@ -36,32 +36,39 @@ def start_one(
         limit: bytes of the key that may be reused, less than none for none.
         whole_pages: share full pages only, fork no tail.
     """
-    tree = state.tree
+    tree, manager, reserve = state.tree, state.manager, state.reserve
     path = tree.match(key, namespace, limit=limit if limit > 0 else 0)
     cached, size, page_bytes = path.num_bytes, len(key), tree.page_bytes
-    check_rest(key, cached)
+    if size > cached:
+        check_rest(key, cached)
     shared, num_pages = cached // page_bytes, -(-size // page_bytes)
     tail_len = 0 if whole_pages else cached % page_bytes // TOKEN_BYTES
-    table = np.empty(num_pages + num_pages // 8 + 8, _INT32)
-    pages = table[shared:num_pages]
-    num_free = state.manager.available_pages_count
-    victims = state.reserve.claim(pages, path.nodes[-1] if path.nodes else None)
-    if victims is None:
+    num_free = manager.available_pages_count
+    first_idle = min(num_pages, shared + num_free)
+    if first_idle < num_pages and not reserve.can_evict(num_pages - first_idle, path.nodes[-1] if path.nodes else None):
         return start_all(state, [Plan(seq_id, key, namespace, path, shared, tail_len, num_pages)])[0]
-    run = Running(table, num_pages, (size - 1) % page_bytes // TOKEN_BYTES + 1, namespace, key)
+    # Pages that are bytes already are written to the table's memory as bytes: a fraction of what an array costs.
+    memory = bytearray((num_pages + num_pages // 8 + 8) * PAGE_ID_BYTES)
+    memory[: shared * PAGE_ID_BYTES] = path.pages[: shared * PAGE_ID_BYTES]
+    table = np.frombuffer(memory, _INT32)
+    if num_free:
+        manager.take_into(table[shared:first_idle])
     forked = None
     if tail_len:
-        source, copy = source_of(path, shared), pages.item(0)
+        copy = table.item(shared) if num_free else reserve.first_victim(num_pages - shared)
+        forked = source_of(path, shared), copy, tail_len
         try:
-            state.manager.copy_page_slots([source], [copy], [tail_len])
+            manager.copy_page_slots([forked[0]], [copy], [tail_len])
         except BaseException:
-            state.reserve.give_back(pages, victims)
+            manager.drop(table[shared:first_idle])
             raise
-        forked = source, copy, tail_len
-    result = _begin(state, seq_id, run, path, shared, forked)
-    if victims:
-        state.reserve.evict_named(victims, "start", (seq_id,), len(pages), num_free)
-    return result
+    run = Running(table, num_pages, (size - 1) % page_bytes // TOKEN_BYTES + 1, namespace, key)
+    begun = _begin(state, seq_id, run, path, shared, forked)
+    if first_idle < num_pages:
+        cause = tree.clock, "start", (seq_id,), num_pages - shared, num_free, tree.num_idle_pages
+        evicted = reserve.evict_next(num_pages - first_idle, cause)
+        memory[first_idle * PAGE_ID_BYTES : num_pages * PAGE_ID_BYTES] = evicted
+    return begun
 
 
 def start_all(state: State, plans: list[Plan]) -> list[Started]:
@@ -86,6 +93,7 @@ def start_all(state: State, plans: list[Plan]) -> list[Started]:
     for plan in plans:
         run = Running.of(plan.num_pages, state.tree.page_size, plan.namespace, plan.key)
         first, end = plan.num_shared, at + plan.num_new
+        run.table[:first] = np.frombuffer(plan.path.pages, _INT32, first)
         forked = None
         if plan.tail_len:
             forked = plan.source, pages.item(tail), plan.tail_len
@@ -109,21 +117,19 @@ def _copy_tails(state: State, forks: list[Plan], pages: PageArray) -> None:
 def _begin(
     state: State, seq_id: Hashable, run: Running, path: Path, shared: int, forked: tuple[int, int, int] | None
 ) -> Started:
-    """Makes a sequence run whose table has all but the shared pages; cannot fail."""
-    num_cached = shared * state.tree.page_size
+    """Makes a sequence run that has all it needs, but perhaps pages that are to be evicted for it; cannot fail."""
+    tree, num_cached = state.tree, shared * state.tree.page_size
     if shared:
-        held = np.frombuffer(path.pages, _INT32, shared)
-        run.table[:shared] = held
-        state.manager.hold(held)
+        run.held = state.manager.hold(run.table[:shared])
     if forked is not None:
         num_cached += forked[2]
-        _hold_forked(state.tree, run, path, shared)
+        _hold_forked(tree, run, path, shared)
     elif shared:
         node = path.nodes[-1]
         if len(path.pages) != shared * PAGE_ID_BYTES:
-            node = state.tree.cut(node, path.num_pages, shared)
+            node = tree.cut(node, path.num_pages, shared)
         run.node, run.num_tree_pages = node, shared
-        state.tree.hold(node, reuses=1)
+        tree.hold(node, reuses=1)
     state.descriptor.add(seq_id, run)
     if not (state.retries.aborted and state.retries.is_retry(seq_id, run.namespace, run.prompt)):
         stats = state.stats
@@ -138,7 +144,9 @@ def _begin(
 
 def _hold_forked(tree: RadixTree, run: Running, path: Path, shared: int) -> None:
     """Holds the nodes of the shared pages; stamps them, and the page that the tail was copied from."""
-    source = tree.cut(path.nodes[-1], path.num_pages, shared + 1)
+    source = path.nodes[-1]
+    if len(path.pages) != (shared + 1) * PAGE_ID_BYTES:
+        source = tree.cut(source, path.num_pages, shared + 1)
     if not shared:
         source.num_reuses += 1
         tree.stamp(source)

@@ -35,6 +35,7 @@ TOKEN_BYTES = 4
 _LIMIT = 2**31
 _INT32 = np.dtype(np.int32)
 _HIGH_BYTE = TOKEN_BYTES - 1 if sys.byteorder == "little" else 0
+_SIGN = 0x80
 _STRIDED = 2048 * TOKEN_BYTES
 _VIEWED = 4096
 _FEW = 64
@@ -103,7 +104,10 @@ def unchecked_view(tokens: Tokens) -> bytes | memoryview:
 def check_rest(query: bytes | memoryview, num_bytes: int) -> None:
     """Checks the token ids of a query after the first `num_bytes` bytes, which matched; raises TokenError."""
     size = len(query) - num_bytes
-    if size > _STRIDED:
+    if size == TOKEN_BYTES:  # all but the token that a model goes on from
+        if query[num_bytes + _HIGH_BYTE] >= _SIGN:
+            raise _bad_token(token_ids(query))
+    elif size > _STRIDED:
         if np.minimum.reduce(token_ids(query)[num_bytes // TOKEN_BYTES :]) < 0:
             raise _bad_token(token_ids(query))
     elif size > 0 and not bytes(query[num_bytes + _HIGH_BYTE :: TOKEN_BYTES]).isascii():

@@ -189,16 +189,17 @@ class RadixTree:
 
     def hold(self, node: Node, stop: Node | None = None, *, reuses: int = 0) -> None:
         """Adds a holder to the path from `node` up to `stop` (not included; None: the root), and stamps all of it."""
-        self.clock += 1
-        clock, idle, num_bytes = self.clock, self.idle, 0
-        parent = node.parent
+        self.clock = clock = self.clock + 1
+        num_bytes, parent = 0, node.parent
         while parent is not None and node is not stop:
             node.stamp = clock
             node.num_reuses += reuses
-            if not node.num_holders:
-                del idle[node]
+            if node.num_holders:
+                node.num_holders += 1
+            else:
+                node.num_holders = 1
+                del self.idle[node]
                 num_bytes += len(node.pages)
-            node.num_holders += 1
             node = parent
             parent = node.parent
         self.num_idle_pages -= num_bytes // PAGE_ID_BYTES
@@ -210,14 +211,13 @@ class RadixTree:
 
         What becomes idle goes to the recent end of the queue, deepest node first.
         """
-        self.clock += 1
-        clock, idle, num_bytes = self.clock, self.idle, 0
-        parent = node.parent
+        self.clock = clock = self.clock + 1
+        num_bytes, parent = 0, node.parent
         while parent is not None and node is not stop:
             node.stamp = clock
-            node.num_holders -= 1
-            if not node.num_holders:
-                idle[node] = None
+            node.num_holders = left = node.num_holders - 1
+            if not left:
+                self.idle[node] = None
                 num_bytes += len(node.pages)
             node = parent
             parent = node.parent
@@ -440,10 +440,10 @@ class RadixTree:
         if len(node.key) > _LONGEST_CUT:
             self._halve(node, count)
         pages = node.pages
-        keep = len(pages) // PAGE_ID_BYTES - count
+        keep = len(pages) - count * PAGE_ID_BYTES
         if keep:
-            node.pages = pages[: keep * PAGE_ID_BYTES]
-            node.key = node.key[: keep * self.page_bytes]
+            node.pages = pages[:keep]
+            node.key = node.key[: keep * self.page_size]  # a page number takes as many bytes as a token
             return
         parent: Node = node.parent  # type: ignore[assignment]  # never a root
         del self.idle[node]

@@ -20,9 +20,11 @@ __all__ = ["refuse_copy"]
 
 def refuse_copy(manager: PageAllocator, src_pages: PageList, dst_pages: PageList, num_slots: PageList) -> None:
     """Raises what `PageAllocator.copy_page_slots` raises."""
-    src, dst, slots = _as_ints(src_pages), _as_ints(dst_pages), _as_ints(num_slots)
-    if len(src) == len(dst) == len(slots) == 1 and _is_copy(manager, src[0], dst[0], slots[0]):
+    if type(src_pages) is type(dst_pages) is type(num_slots) is list and _is_copy(
+        manager, src_pages, dst_pages, num_slots
+    ):
         return
+    src, dst, slots = _as_ints(src_pages), _as_ints(dst_pages), _as_ints(num_slots)
     if not len(src) == len(dst) == len(slots):
         raise LengthError(f"{len(src)} source pages, {len(dst)} destinations and {len(slots)} slot counts differ")
     count_of = manager.ref_count.item
@@ -39,13 +41,15 @@ def refuse_copy(manager: PageAllocator, src_pages: PageList, dst_pages: PageList
         raise PageError(f"destinations {dst} must differ from each other and from the sources {src}")
 
 
-def _is_copy(manager: PageAllocator, src: int, dst: int, num_slots: int) -> bool:
+def _is_copy(manager: PageAllocator, src_pages: list[int], dst_pages: list[int], num_slots: list[int]) -> bool:
     """Whether these make a copy of one page beyond doubt: what is odd gets the closer look, and its message."""
-    if not type(src) is type(dst) is type(num_slots) is int or not 0 <= src != dst >= 0:
+    if not len(src_pages) == len(dst_pages) == len(num_slots) == 1:
         return False
-    if src >= manager.num_pages or dst >= manager.num_pages or not 1 <= num_slots <= manager.page_size:
+    src, dst, count, end = src_pages[0], dst_pages[0], num_slots[0], manager.num_pages
+    if not type(src) is type(dst) is type(count) is int or not 0 <= src < end > dst >= 0 or src == dst:
         return False
-    return manager.ref_count.item(src) > 0 and manager.ref_count.item(dst) == 1
+    count_of = manager.ref_count.item
+    return 1 <= count <= manager.page_size and count_of(src) > 0 and count_of(dst) == 1
 
 
 def _as_ints(values: PageList) -> list[int]:

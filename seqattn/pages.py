@@ -29,6 +29,7 @@ from seqattn.page_lists import unique
 
 if TYPE_CHECKING:
     PageArray: TypeAlias = npt.NDArray[np.int32]
+    PageIndex: TypeAlias = npt.NDArray[np.intp]
     PageList: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 __all__ = ["PageAllocator"]
@@ -183,15 +184,15 @@ class PageAllocator:
         self.ref_count[taken] = 1
         pages[:] = taken
 
-    def hold(self, pages: PageArray) -> None:
-        """Adds a reference to each of these pages: int32, in use, no page twice (not checked)."""
+    def hold(self, pages: PageArray) -> PageIndex:
+        """Adds a reference to each page (int32, in use, none twice: not checked); returns an index for `unhold`."""
         index = pages.astype(_INTP)
         held = self.ref_count[index]
         self.ref_count[index] = np.add(held, _ONE, held)
+        return index
 
-    def unhold(self, pages: PageArray) -> None:
+    def unhold(self, index: PageIndex) -> None:
         """`drop` for pages that somebody else holds too, the tree (not checked): none of them becomes free."""
-        index = pages.astype(_INTP)
         left = self.ref_count[index]
         self.ref_count[index] = np.subtract(left, _ONE, left)
 
