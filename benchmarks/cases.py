@@ -139,7 +139,17 @@ def _evictions(leaves: int, name: str) -> list[Claim]:
     found = [
         _against(VLLM, f"{what}, one of {name} evicted", "evict", m, 1.5, leaves=leaves) for m, what in floors.items()
     ]
-    return [*found, _against(VLLM, f"`evict(1)` alone, {name} leaves", "evict", "evict", None, leaves=leaves)]
+    noted = [
+        Claim(
+            f"{what}, one of {name} evicted, with a history",
+            Figure("evict", HISTORY, {"leaves": leaves}, m),
+            Figure("evict", VLLM, {"leaves": leaves}, m),
+            1.5,
+        )
+        for m, what in floors.items()
+        if any(HISTORY in group.impls for group in GROUPS if group.options == {"leaves": leaves})
+    ]
+    return [*found, *noted, _against(VLLM, f"`evict(1)` alone, {name} leaves", "evict", "evict", None, leaves=leaves)]
 
 
 CLAIMS = (
