@@ -79,6 +79,7 @@ class Device:
         fa2_64, fa2_128: larger tiles.
         fa3: the other kernel.
         short: decode of short lists.
+        fa3_in_line: fa3 over tokens that lie side by side in memory.
         plain_us: a plain step's launch, with its ramp and tail.
         start_us: the same of a step of levels.
         level_us: what each shared level adds.
@@ -101,6 +102,7 @@ class Device:
     fa2_128: KernelCost = KernelCost(0.5917, 23.81, 4.645e12, 22.57e12, 5.566, 68.31, 3.626)  # noqa: RUF009  as above
     fa3: KernelCost = KernelCost(2.093, 14.01, 12.27e12, 65.61e12, 0.0, 0.0, 1.251)  # noqa: RUF009  as above
     short: KernelCost = KernelCost(0.2524, 13.15, 3.062e12, 100.0e12, 20.89, 183.5, 11.91)  # noqa: RUF009  as above
+    fa3_in_line: KernelCost = KernelCost(2.6, 11.9, 12.27e12, 65.61e12, 0.0, 0.0, 1.251)  # noqa: RUF009  as above
     plain_us: float = field(default=8.147, validator=not_negative)
     start_us: float = field(default=3.247, validator=not_negative)
     level_us: float = field(default=5.811, validator=not_negative)
@@ -133,7 +135,7 @@ class Device:
     @property
     def kernels(self) -> tuple[KernelCost, ...]:
         """By their numbers in `seqattn.load`."""
-        return self.decode, self.fa2_64, self.fa2_128, self.fa3, self.short
+        return self.decode, self.fa2_64, self.fa2_128, self.fa3, self.short, self.fa3_in_line
 
     @property
     def slices(self) -> Int64Array:

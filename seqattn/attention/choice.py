@@ -31,10 +31,23 @@ _LONG_ROWS = 80
 
 
 def choose(
-    plan: BatchPlan, slices_of: Callable[[Sequence[Groups], Groups], list[int]], page_size: int, *, has_fa3: bool
+    plan: BatchPlan,
+    slices_of: Callable[[Sequence[Groups], Groups], list[int]],
+    page_size: int,
+    *,
+    has_fa3: bool,
+    has_spans: bool = False,
 ) -> list[Choice]:
-    """A choice for each level of a batch; `slices_of` gives the slices of shared levels above a last, 0 for fa2."""
-    groups = [_groups(level, page_size) for level in plan.levels[:-1]]
+    """A choice for each level of a batch.
+
+    Args:
+        plan: the batch.
+        slices_of: gives the slices of shared levels above a last, 0 for fa2.
+        page_size: token slots in a page.
+        has_fa3: whether the device runs fa3.
+        has_spans: as for `work_of`.
+    """
+    groups = [_groups(level, page_size, has_spans=has_spans) for level in plan.levels[:-1]]
     used = [level for level in groups if len(level.rows)]
     last = plan.levels[-1]
     rows, kv_lens = last.row_lens, last.kv_lens
@@ -49,8 +62,8 @@ def choose(
     return [*shared, Choice("fa3" if is_long else "fa2")]
 
 
-def _groups(level: LevelPlan, page_size: int) -> Groups:
+def _groups(level: LevelPlan, page_size: int, *, has_spans: bool) -> Groups:
     rows, kv_lens = level.row_lens, level.kv_lens
     used = (rows > 0) & (kv_lens > 0)
     different = len(np.unique(level.kv_page_indices)) * page_size
-    return Groups(rows[used], kv_lens[used], min(different, int(kv_lens[used].sum())))
+    return Groups(rows[used], kv_lens[used], min(different, int(kv_lens[used].sum())), has_spans and level.in_line)

@@ -69,6 +69,14 @@ class LevelPlan:
         """Tokens of each group, int64 [groups]; made anew."""
         return group_lengths(self.kv_page_indptr, self.kv_last_page_len, self.page_size)
 
+    @property
+    def in_line(self) -> bool:
+        """Whether one group has all pages, full ones, each the next in memory; O(pages)."""
+        pages, last = self.kv_page_indices, self.kv_last_page_len
+        if np.count_nonzero(self.kv_page_indptr[1:] > self.kv_page_indptr[:-1]) != 1 or last.max() != self.page_size:
+            return False
+        return bool((pages[1:] - pages[:-1] == 1).all())
+
 
 @define(slots=True, frozen=True, eq=False)
 class BatchPlan:

@@ -43,6 +43,7 @@ _LEAST_INT_WORKSPACE = 256 << 10
 _LEAST_FLOAT_WORKSPACE = 32 << 20
 #: what a wrapper calls its arrays, and what a call does
 _BUFFERS = {"kv_indptr": "kv_page_indptr", "kv_indices": "kv_page_indices", "kv_last_page_len": "kv_last_page_len"}
+_IN_LINE = "fa3 in line"
 
 
 @define(slots=True, eq=False)
@@ -78,7 +79,8 @@ class Wrapper:
 
     def done(self, call: KernelCall) -> None:
         """To be called after a plan. Sequences grow with every step: a call that decodes is not kept."""
-        self.runs = (BoundRun(self.made), BoundRun(self.made))
+        takes_two = call.span is not None
+        self.runs = (BoundRun(self.made, takes_two=takes_two), BoundRun(self.made, takes_two=takes_two))
         if call.kernel != "decode":
             self.planned, self.call = tuple(table.copy() for table in _tables(call)), call
 
@@ -134,7 +136,7 @@ class WrapperSet:
 
     def sized(self, call: KernelCall, lane: int, nth: int) -> Wrapper:
         """The nth wrapper of the call's kind on a stream, with workspaces that are large enough for the call."""
-        kind = "short" if self._is_short(call) else call.kernel
+        kind = "short" if self._is_short(call) else call.kind[0]
         found = self._by_kind.setdefault((kind, lane, call.by_group), [])
         float_size, int_size = self._workspace_sizes(call)
         workspace = self.workspace(lane, float_size)
@@ -157,7 +159,7 @@ class WrapperSet:
         """
         float_size, int_size = self._workspace_sizes(call, fixed=True)
         workspace = self.workspace(lane, float_size)
-        made = self._make(call.kernel, workspace, buffers)
+        made = self._make(call.kind[0], workspace, buffers)
         self._give(made, workspace, max(int_size, _LEAST_INT_WORKSPACE))
         return Wrapper(made, len(workspace), int_size)
 
@@ -165,7 +167,7 @@ class WrapperSet:
         """A new wrapper for one plan."""
         float_size, int_size = self._workspace_sizes(call)
         workspace = self.workspace(lane, float_size)
-        made = self._make(call.kernel, workspace)
+        made = self._make(call.kind[0], workspace)
         self._give(made, workspace, max(int_size, _LEAST_INT_WORKSPACE))
         return Wrapper(made, len(workspace), int_size)
 
@@ -211,6 +213,11 @@ class WrapperSet:
             suffix = "buffer" if kernel == "decode" else "buf"
             fixed = {f"paged_{name}_{suffix}": buffers[array] for name, array in _BUFFERS.items()}
             fixed |= {"use_cuda_graph": True} | ({} if kernel == "decode" else {"qo_indptr_buf": buffers["qo_indptr"]})
+        if kernel == _IN_LINE:
+            if buffers is not None:
+                own = {"qo_indptr_buf": buffers["qo_indptr"], "kv_indptr_buf": buffers["kv_page_indptr"]}
+                fixed = {"use_cuda_graph": True} | own
+            return flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, layout, backend="fa3", **fixed)
         if kernel not in ("decode", "short"):
             return flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, layout, backend=kernel, **fixed)
         if kernel == "short" or self._is_small_group:

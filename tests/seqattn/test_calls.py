@@ -47,10 +47,20 @@ def gathered(work: Work, q: torch.Tensor) -> torch.Tensor:
 def computed(
     call: KernelCall, q: torch.Tensor, manager: PagedKVCacheManager, page_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A kernel: groups of rows over lists of pages, each KV head for as many query heads as the rows have."""
+    """A kernel: groups of rows over lists of pages, each KV head for as many query heads as the rows have.
+
+    A call with a span knows no lists: where its tokens begin and end in the array is all that it is told.
+    """
     heads = NUM_KV_HEADS if call.by_group else q.shape[1]
-    tables = np.split(call.kv_page_indices, call.kv_page_indptr[1:-1])
-    tokens = [(len(t) - 1) * page_size + n for t, n in zip(tables, call.kv_last_page_len.tolist(), strict=True)]
+    pages, last = call.kv_page_indices, call.kv_last_page_len.tolist()
+    if call.span is not None:
+        pages = np.arange(call.span[0], sum(call.span), dtype=np.int32)
+        if len(pages) < call.kv_page_indptr[-1]:  # padding, behind the end: whatever it is, nobody reads its results
+            pages = np.concatenate((pages, call.kv_page_indices[len(pages) :]))
+        else:
+            last = [page_size] * len(last)
+    tables = np.split(pages, call.kv_page_indptr[1:-1])
+    tokens = [(len(t) - 1) * page_size + n for t, n in zip(tables, last, strict=True)]
     batch = Batch(page_size, tables, tokens, np.diff(call.qo_indptr).tolist())
     found = dense_attention(manager, batch, q.reshape(-1, heads, HEAD_DIM), causal=call.causal)
     return found.out.view(-1, q.shape[1], HEAD_DIM), found.lse.view(-1, q.shape[1])
@@ -130,6 +140,57 @@ def test_the_picture_of_the_calls() -> None:
     assert (shared.first_query, shared.first_part, own.first_query, own.first_part) == (0, 0, None, 6)
     assert work.part_indptr.tolist() == [0, 3, 6, 9]
     assert work.part_codes.tolist() == [1, 7, 12, 3, 9, 14, 5, 11, 16]
+
+
+def in_line(*prefix: int, num_sequences: int = 3, page_size: int = 256, last: int | None = None) -> Work:
+    """Sequences that share these pages, in two slices of fa3; checked to be dense attention."""
+    own = [[900 + i] for i in range(num_sequences)]
+    batch = batch_of([[*prefix, *pages] for pages in own], [last or 7] * num_sequences, page_size, [1] * num_sequences)
+    manager = PagedKVCacheManager(1000, page_size, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
+    fill(manager, batch, 0)
+    plan, choices = plan_of(batch, manager), [Choice("fa3", 2), Choice("decode")]
+    work = work_of(plan, choices, HEADS_EACH, page_size, has_spans=True)
+    check(plan, choices, manager, batch, True, work=work)
+    assert work_of(plan, choices, HEADS_EACH, page_size).calls[0].span is None, "not in every layout"
+    return work
+
+
+def test_a_list_of_pages_side_by_side_is_read_as_one_array() -> None:
+    call = in_line(5, 6, 7, 8, 9).calls[0]
+    assert call.span == (5, 5)
+    assert call.kind == ("fa3 in line", True)
+    assert call.kv_page_indptr.tolist() == [0, 2, 5]
+    assert in_line(*range(40, 48), page_size=128).calls[0].span == (40, 8)
+
+
+def test_other_lists_are_read_page_by_page() -> None:
+    for prefix in ((5, 6, 7, 9, 10), (9, 8, 7, 6, 5), (5, 6, 8, 7, 9), (0, 2, 4, 6, 8)):
+        assert in_line(*prefix).calls[0].span is None
+    assert in_line(*range(5, 12), page_size=16).calls[0].span is None, "slices too short to be worth it"
+
+
+def test_several_lists_are_read_page_by_page() -> None:
+    """Behind the end of a list lies what belongs to others, and may hold NaN."""
+    tables = [[*range(8), 20], [*range(8), 21], [*range(8, 16), 22], [*range(8, 16), 23]]
+    batch = batch_of(tables, [256] * 4, 256, [1] * 4)
+    manager = PagedKVCacheManager(24, 256, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
+    plan = plan_of(batch, manager)
+    work = work_of(plan, [Choice("fa3", 2), Choice("decode")], HEADS_EACH, 256, has_spans=True)
+    assert work.calls[0].span is None
+
+
+def test_tokens_in_line_are_known_to_the_planner() -> None:
+    batch = batch_of([[*range(40), 50 + i] for i in range(8)], [16] * 8, 16, [1] * 8)
+    manager = PagedKVCacheManager(64, 16, 8, HEAD_DIM, torch.float32, "cpu")
+    seen: list[bool] = []
+
+    def slices_of(shared: Sequence[Groups], _: Groups) -> list[int]:
+        seen.append(shared[0].in_line)
+        return [1]
+
+    for has_spans in (True, False):
+        choose(plan_of(batch, manager), slices_of, 16, has_fa3=True, has_spans=has_spans)
+    assert seen == [True, False]
 
 
 def test_a_plain_batch_is_one_call_without_gathering() -> None:
@@ -217,7 +278,7 @@ def test_ways_are_chosen_anew_when_sequences_have_grown() -> None:
     manager = PagedKVCacheManager(200, 16, 8, 128, torch.bfloat16, "cpu")
     backend: Any = object.__new__(FlashInferBackend)  # without what needs a device
     backend.manager, backend.heads_each, backend.heads = manager, 4, Heads()
-    backend._known, backend._last_slices = None, (b"", [])
+    backend._known, backend._last_slices, backend.has_spans = None, (b"", []), True
     asked = []
 
     class Costs:
