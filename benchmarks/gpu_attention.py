@@ -50,7 +50,8 @@ class Step:
 
     def __init__(self, shape: Shape, options: argparse.Namespace) -> None:
         self.shape = shape
-        self.num_qo_heads, num_kv_heads, head_dim = options.heads
+        heads: list[int] = options.heads
+        self.num_qo_heads, num_kv_heads, head_dim = heads
         is_ragged = options.only == "ragged"
         self.tables = tables_of(shape, options.seed, in_line=not options.scattered, ragged=is_ragged)
         self.scattered = scattered(self.tables, options.seed)
