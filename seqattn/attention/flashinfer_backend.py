@@ -33,6 +33,7 @@ import torch
 from seqattn.append import side_by_side
 from seqattn.attention.calls import KernelCall, Work, is_next, next_work, work_of
 from seqattn.attention.choice import choose
+from seqattn.attention.layers import LayerViews
 from seqattn.attention.prepared import Form, Prepared, Scratch, scratch_for
 from seqattn.attention.streams import Streams
 from seqattn.attention.wrappers import Wrapper, WrapperSet
@@ -59,8 +60,6 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_DIMS = (64, 128, 256)
 #: how levels are computed is chosen anew when the mean length of what sequences have of their own has grown by so much
 _TOKENS_ALIKE = 32
-#: arrays of pages side by side that are kept for a layer
-_MOST_SPANS = 64
 
 
 def why_not(manager: PagedKVCacheManager) -> str | None:
@@ -99,7 +98,6 @@ class FlashInferBackend:
         self.manager = manager
         self.device = manager.device
         self._index = self.device.index
-        self._here: AbstractContextManager[None] = nullcontext()
         self.num_qo_heads = num_qo_heads
         self.heads_each = num_qo_heads // manager.num_heads
         self.sm_scale = sm_scale
@@ -119,11 +117,7 @@ class FlashInferBackend:
         self._known: tuple[BatchPlan, Work, int] | None = None
         self._codes: tuple[object, list[torch.Tensor]] | None = None  # on the device, and the array that tells them
         self._last_slices: tuple[bytes, list[int]] = (b"none", [])
-        self._caches: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._caches_of: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-        #: by layer: keys and values of pages that lie side by side, by the first of them and their number
-        self._spans: list[dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]] = []
-        self.has_spans = manager.kv_layout == "NHD"
+        self.layers = LayerViews(manager)
         self._launcher: Launcher | None = None
         self._streams = Streams(self.device)
 
@@ -136,7 +130,7 @@ class FlashInferBackend:
             plan: the batch.
             choices: how to compute each level; None for what is predicted to be fastest.
         """
-        with torch.cuda.device(self.device):
+        with self._on_device():
             if torch.cuda.is_current_stream_capturing():
                 raise SeqAttnError("plan cannot be captured in a CUDA graph: plan first, then capture run")
             work = self.work(plan, choices)
@@ -153,13 +147,13 @@ class FlashInferBackend:
         own = len(plan.levels[-1].kv_page_indices) * self.manager.page_size // (_TOKENS_ALIKE * max(plan.num_rows, 1))
         if self._known is not None and self._known[2] == own and is_next(self._known[0], plan):
             return next_work(self._known[1], plan)
-        how = {"has_fa3": self.costs.has_fa3, "has_spans": self.has_spans}
+        how = {"has_fa3": self.costs.has_fa3, "has_spans": self.layers.has_spans}
         work = self._work_of(plan, choose(plan, self._slices_of, self.manager.page_size, **how))
         self._known = (plan, work, own) if plan.levels[-1].decodes else None
         return work
 
     def _work_of(self, plan: BatchPlan, choices: Sequence[Choice]) -> Work:
-        return work_of(plan, choices, self.heads_each, self.manager.page_size, has_spans=self.has_spans)
+        return work_of(plan, choices, self.heads_each, self.manager.page_size, has_spans=self.layers.has_spans)
 
     def _slices_of(self, shared: Sequence[Groups], last: Groups) -> list[int]:
         """The slices of shared levels; those of a decoding batch stay the same for many steps."""
@@ -251,13 +245,12 @@ class FlashInferBackend:
         """
         if q.dtype != self.manager.dtype:
             raise TensorError(f"q is {q.dtype} but the cache holds {self.manager.dtype}: the kernels read one dtype")
-        caches = self._layer(layer)
+        caches = self.layers.pages(layer)
         if torch.cuda.is_current_stream_capturing() and not prepared.is_fixed and prepared not in self._captured:
             self._captured.append(prepared)  # the graph goes on using its memory
         q = side_by_side(q)
         direct = prepared.work.direct
-        # A guard of the device takes longer than to see that there is no need of one.
-        with self._here if torch.cuda.current_device() == self._index else torch.cuda.device(self._index):
+        with self._on_device():
             out = torch.empty(q.shape, dtype=q.dtype, device=self.device)
             lse = out
             if return_lse or not direct:
@@ -268,28 +261,9 @@ class FlashInferBackend:
                 self._run_parts(q, layer, prepared, (out, lse))
         return out, lse
 
-    def _layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer; views are made once, not once a step."""
-        manager = self.manager
-        if self._caches_of[0] is not manager.key_cache or self._caches_of[1] is not manager.value_cache:
-            self._caches = [manager.layer_tensors(i) for i in range(manager.num_layers)]
-            self._caches_of = manager.get_memory_tensors()
-            self._spans = [{} for _ in self._caches]
-        if type(layer) is not int or not 0 <= layer < len(self._caches):
-            return manager.layer_tensors(layer)  # which says what is wrong
-        return self._caches[layer]
-
-    def _span(self, layer: int, span: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of pages that lie side by side, [tokens, heads, head_dim] each."""
-        known = self._spans[layer]
-        found = known.get(span)
-        if found is None:
-            if len(known) >= _MOST_SPANS:
-                known.clear()
-            first, count = span
-            keys, values = (t[first : first + count].view(-1, *t.shape[2:]) for t in self._caches[layer])
-            found = known[span] = keys, values
-        return found
+    def _on_device(self) -> AbstractContextManager[None]:
+        """A guard of the device takes longer than to see that there is no need of one."""
+        return nullcontext() if torch.cuda.current_device() == self._index else torch.cuda.device(self._index)
 
     def _run_parts(
         self,
@@ -322,5 +296,5 @@ class FlashInferBackend:
             num_rows = out.shape[0]
             queries = q if q.shape[0] == num_rows else q[:num_rows]
         span = prepared.work.calls[i].span
-        caches = self._caches[layer] if span is None else self._span(layer, span)
+        caches = self.layers.pages(layer) if span is None else self.layers.span(layer, span)
         prepared.runs[i][1](queries, caches, out, lse)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -71,7 +72,10 @@ class Wrapper:
             return False
         if self.call is call:
             return True
-        return all(np.array_equal(old, new) for old, new in zip(self.planned, _tables(call), strict=True))
+        is_same = all(np.array_equal(old, new) for old, new in zip(self.planned, _tables(call), strict=True))
+        if is_same:
+            self.call = call  # which the next steps have again
+        return is_same
 
     def begin(self) -> None:
         """To be called before a plan: until `done`, nothing is planned."""
@@ -102,6 +106,7 @@ class WrapperSet:
     workspaces: dict[int, torch.Tensor]
     _by_kind: dict[tuple[str, int, bool], list[Wrapper]] = field(factory=dict)
     _pinned: torch.Tensor | None = None
+    _memory: Int32Array | None = None  # of `_pinned`
     _copied: torch.cuda.Event | None = None
 
     @contextmanager
@@ -109,12 +114,14 @@ class WrapperSet:
         """Waits until the copies of the set's last use are done; marks the end of those made inside."""
         if self._copied is None:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # torch does not know of the copies that wrappers make, and gives their pinned memory to others at once.
+            finalize(self, self._copied.synchronize)
         else:
             self._copied.synchronize()
         try:
             yield
         finally:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self.manager.device.index))
 
     def stage(
         self, to_send: Sequence[Int32Array], to_keep: Sequence[Int32Array]
@@ -127,7 +134,9 @@ class WrapperSet:
             begins.append(begins[-1] + -(-len(array) // 4) * 4)
         if self._pinned is None or len(self._pinned) < begins[-1]:
             self._pinned = torch.empty(2 * begins[-1], dtype=torch.int32, pin_memory=self.manager.device.type == "cuda")
-        memory = self._pinned.numpy()
+            self._memory = self._pinned.numpy()
+        memory = self._memory
+        assert memory is not None
         for array, begin in zip(arrays, begins, strict=False):
             memory[begin : begin + len(array)] = array
         sent = self._pinned[: begins[len(to_send)]].to(self.manager.device, non_blocking=True)
@@ -242,6 +251,8 @@ class WrapperSet:
         # Lists of pages are split for at most two blocks a multiprocessor; each keeps a tile of float32 results.
         most = 2 * self.num_processors // num_kv_heads + 1
         num_tiles = max(packed // tile + num_groups, most)
+        if fixed and call.kernel == "decode" and self.options(call):
+            return _LEAST_FLOAT_WORKSPACE, 16 * num_tiles + 8 * (num_rows + num_groups) + 4096
         float_size = self.num_qo_heads * (num_tiles if fixed else most) * tile * (self.manager.head_dim + 1) * 4
         return max(float_size, _LEAST_FLOAT_WORKSPACE), 16 * num_tiles + 8 * (num_rows + num_groups) + 4096
 

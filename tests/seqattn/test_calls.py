@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,11 +16,13 @@ from seqattn.append import sent, side_by_side
 from seqattn.attention.calls import Choice, KernelCall, Work, is_next, next_work, work_of
 from seqattn.attention.choice import choose
 from seqattn.attention.flashinfer_backend import FlashInferBackend
+from seqattn.attention.layers import LayerViews
 from seqattn.attention.plan import BatchPlan, Planner, plan_batch
 from seqattn.attention.torch_backend import merge_states
-from seqattn.attention.wrappers import WrapperSet
+from seqattn.attention.wrappers import Wrapper, WrapperSet
 from seqattn.cache import PagedKVCacheManager
 from seqattn.device import Device, Groups, Heads
+from seqattn.errors import LengthError
 from seqattn.hybrid import pack_hybrid
 from tests.seqattn.truth import FOREST, Batch, batch_of, batches, dense_attention, fill, pack
 
@@ -252,6 +254,77 @@ def test_workspaces_are_large_enough_for_what_is_planned() -> None:
     assert wrappers._workspace_sizes(call("fa3", *[8192] * 64))[1] >= 28 * 64 * 64 * 64
 
 
+def test_a_graph_that_splits_no_lists_has_no_memory_for_their_parts() -> None:
+    manager = PagedKVCacheManager(4, 16, 8, 128, torch.bfloat16, "cpu")
+    wrappers = WrapperSet(manager, 32, 132, {})
+
+    def sizes(num_sequences: int) -> tuple[int, int]:
+        indptr = np.arange(num_sequences + 1, dtype=np.int32)
+        call = KernelCall("decode", indptr, indptr, indptr, indptr[1:], True, False, None, 0, num_sequences)
+        assert bool(wrappers.options(call)) == (num_sequences >= 2 * 132 // 8)
+        return wrappers._workspace_sizes(call, fixed=True)
+
+    assert sizes(256)[0] == sizes(2048)[0] == 32 << 20
+    wide = WrapperSet(PagedKVCacheManager(4, 16, 1, 256, torch.bfloat16, "cpu"), 16, 132, {})
+    indptr = np.arange(17, dtype=np.int32)
+    call = KernelCall("decode", indptr, indptr, indptr, indptr[1:], True, False, None, 0, 16)
+    assert wide._workspace_sizes(call, fixed=True)[0] >= 16 * 264 * 16 * 257 * 4, "where lists are split there is some"
+
+
+class FakeEvent:
+    """Notes what it is asked."""
+
+    log: ClassVar[list[str]] = []
+
+    def record(self, _: object) -> None:
+        self.log.append("record")
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+
+
+def test_pinned_memory_is_kept_until_its_copies_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies that torch does not know of: who drops a set of wrappers waits for them."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(FakeEvent, "log", [])
+    wrappers = WrapperSet(PagedKVCacheManager(4, 16, 8, 128, torch.bfloat16, "cpu"), 32, 132, {})
+    for _ in range(2):
+        with wrappers.in_use():
+            pass
+    assert FakeEvent.log == ["record", "wait", "record"]
+    del wrappers
+    assert FakeEvent.log[3:] == ["wait"]
+
+
+def test_a_call_that_was_planned_for_is_known_by_itself_the_next_time() -> None:
+    first, second = (in_line(5, 6, 7, 8, 9).calls[0] for _ in range(2))
+    wrapper = Wrapper(object(), 0, 0)
+    wrapper.done(first)
+    assert wrapper.is_planned_for(first)
+    assert wrapper.is_planned_for(second)
+    assert wrapper.call is second
+    assert not wrapper.is_planned_for(in_line(6, 7, 8, 9, 10).calls[0])
+
+
+def test_pages_side_by_side_are_an_array_of_the_memory_that_the_manager_has() -> None:
+    manager = PagedKVCacheManager(9, 4, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu", num_layers=2)
+    views = LayerViews(manager)
+    for _ in range(2):
+        for layer in range(2):
+            pages, arrays = views.pages(layer), views.span(layer, (3, 4))
+            for cache, array in zip(pages, arrays, strict=True):
+                assert array.shape == (16, NUM_KV_HEADS, HEAD_DIM)
+                assert array.data_ptr() == cache[3].data_ptr()
+            assert views.span(layer, (3, 4)) is arrays
+        manager.key_cache = manager.key_cache.clone()  # who moves the memory is followed
+    for first in range(70):
+        views.span(0, (first % 5, 1 + first // 20))
+    assert len(views._spans[0]) <= 64
+    with pytest.raises(LengthError):
+        views.pages(2)
+
+
 def decoding(num_own: int) -> Batch:
     """Four sequences on 20 pages, with so many pages of their own."""
     tables = [[*range(20), *range(20 + num_own * i, 20 + num_own * (i + 1))] for i in range(4)]
@@ -278,7 +351,7 @@ def test_ways_are_chosen_anew_when_sequences_have_grown() -> None:
     manager = PagedKVCacheManager(200, 16, 8, 128, torch.bfloat16, "cpu")
     backend: Any = object.__new__(FlashInferBackend)  # without what needs a device
     backend.manager, backend.heads_each, backend.heads = manager, 4, Heads()
-    backend._known, backend._last_slices, backend.has_spans = None, (b"", []), True
+    backend._known, backend._last_slices, backend.layers = None, (b"", []), LayerViews(manager)
     asked = []
 
     class Costs:
