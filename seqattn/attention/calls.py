@@ -90,6 +90,11 @@ class KernelCall:
         """Calls of one kind can use the same wrapper, one after the other."""
         return ("fa3 in line" if self.span else self.kernel), self.by_group
 
+    def lens(self, page_size: int) -> Int32Array:
+        """Tokens of each group, all of which have pages."""
+        full = self.kv_page_indptr[1:] - self.kv_page_indptr[:-1] - 1
+        return full * np.int32(page_size) + self.kv_last_page_len
+
     @property
     def offsets(self) -> tuple[Int32Array, Int32Array, Int32Array]:
         """What a plan reads on the CPU."""

@@ -32,7 +32,7 @@ import torch
 
 from seqattn.append import side_by_side
 from seqattn.attention.calls import KernelCall, Work, is_next, next_work, work_of
-from seqattn.attention.choice import choose
+from seqattn.attention.choice import choose, own_of, what_matters
 from seqattn.attention.layers import LayerViews
 from seqattn.attention.prepared import Form, Prepared, Scratch, scratch_for
 from seqattn.attention.streams import Streams
@@ -58,8 +58,6 @@ __all__ = ["FlashInferBackend", "why_not"]
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_DIMS = (64, 128, 256)
-#: how levels are computed is chosen anew when the mean length of what sequences have of their own has grown by so much
-_TOKENS_ALIKE = 32
 
 
 def why_not(manager: PagedKVCacheManager) -> str | None:
@@ -114,7 +112,7 @@ class FlashInferBackend:
         self._scratch: Scratch | None = None
         self._captured: list[Prepared] = []
         #: a decoding batch, its calls and how long its own lists are; the next is often much the same
-        self._known: tuple[BatchPlan, Work, int] | None = None
+        self._known: tuple[BatchPlan, Work, tuple[int, int]] | None = None
         self._codes: tuple[object, list[torch.Tensor]] | None = None  # on the device, and the array that tells them
         self._last_slices: tuple[bytes, list[int]] = (b"none", [])
         self.layers = LayerViews(manager)
@@ -144,7 +142,7 @@ class FlashInferBackend:
         """A batch as calls; the arguments are those of `prepare`."""
         if choices is not None:
             return self._work_of(plan, choices)
-        own = len(plan.levels[-1].kv_page_indices) * self.manager.page_size // (_TOKENS_ALIKE * max(plan.num_rows, 1))
+        own = own_of(plan, self.manager.page_size)
         if self._known is not None and self._known[2] == own and is_next(self._known[0], plan):
             return next_work(self._known[1], plan)
         how = {"has_fa3": self.costs.has_fa3, "has_spans": self.layers.has_spans}
@@ -157,11 +155,7 @@ class FlashInferBackend:
 
     def _slices_of(self, shared: Sequence[Groups], last: Groups) -> list[int]:
         """The slices of shared levels; those of a decoding batch stay the same for many steps."""
-        about = repr(
-            (len(last.rows), int(last.rows.sum()), int(last.tokens.sum()) // (_TOKENS_ALIKE * len(last.rows)))
-        ).encode()
-        key = about + bytes(level.in_line for level in shared)
-        key += b"".join(array.tobytes() for level in shared for array in (level.rows, level.tokens))
+        key = what_matters(shared, last)
         if key != self._last_slices[0]:
             self._last_slices = key, self.costs.best(shared, self.heads, last)[1]
         return self._last_slices[1]
@@ -222,6 +216,7 @@ class FlashInferBackend:
         if call.span is not None:
             wrapper.made.plan(tables[0], manager.page_size * tables[1], *sizes, causal=call.causal, **common)
         elif call.kernel == "decode":
+            common["seq_lens"] = torch.from_numpy(call.lens(manager.page_size))  # flashinfer would take torch to it
             wrapper.made.plan(*tables[1:], *sizes, manager.page_size, **common)
         else:
             wrapper.made.plan(*tables, *sizes, manager.page_size, causal=call.causal, **common)
