@@ -1,6 +1,7 @@
 """Decode attention on a GPU: plain, flashinfer's own cascade, and levels composed and chosen by this library.
 
-    python -m benchmarks.gpu_attention --out DIR [--only known|random] [--every-choice] [--heads 32 8 128] [--seed 0]
+    python -m benchmarks.gpu_attention --out DIR [--only known|random|ragged] [--every-choice] [--heads 32 8 128]
+        [--random 20] [--seed 0] [--scattered]
 
 Writes a row for each measurement to DIR/rows.jsonl and prints a table. A step is planned once and run in four layers,
 each with memory of its own, so that the L2 cache keeps nothing from one replay to the next; times are a layer's.
@@ -8,6 +9,10 @@ each with memory of its own, so that the L2 cache keeps nothing from one replay 
 "ours" is the planner's choice. "planner" is the time of the CPU from the forest to that choice, "planner again" that
 of the steps after it, and "forest" from page tables to the forest. A seed draws shapes
 that the constants of the planner were not fitted to.
+
+Prompts and documents lie side by side in memory, as a fresh allocator hands out pages, the rest in random places;
+"scattered" is ours with every page in a random place, and with --scattered all is measured so. Sequences of "ragged"
+shapes have between a quarter of the own tokens that the shape says and twice as many.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import flashinfer
 import numpy as np
 import torch
 
-from benchmarks.gpu_shapes import KNOWN, PAGE_SIZE, Shape, random_shapes, tables_of
+from benchmarks.gpu_shapes import KNOWN, PAGE_SIZE, RAGGED, Shape, random_shapes, scattered, tables_of
 from benchmarks.gpu_timing import copy_rate, device_us, host_us, matrix_rate
 from seqattn import PagedAttention, PagedKVCacheManager
 from seqattn.attention.calls import Choice
@@ -43,10 +48,13 @@ SLICES = (1, 2, 4, 8)
 class Step:
     """A batch in memory, with what is needed to compute it in every way."""
 
-    def __init__(self, shape: Shape, heads: Sequence[int], seed: int) -> None:
+    def __init__(self, shape: Shape, options: argparse.Namespace) -> None:
         self.shape = shape
+        heads: list[int] = options.heads
         self.num_qo_heads, num_kv_heads, head_dim = heads
-        self.tables = tables_of(shape, seed)
+        is_ragged = options.only == "ragged"
+        self.tables = tables_of(shape, options.seed, in_line=not options.scattered, ragged=is_ragged)
+        self.scattered = scattered(self.tables, options.seed)
         self.lens = np.array([len(table) * PAGE_SIZE for table in self.tables], dtype=np.int64)
         self.ones = np.ones_like(self.lens)
         num_pages = 1 + max(int(table.max()) for table in self.tables)
@@ -58,11 +66,12 @@ class Step:
         self.attention = PagedAttention(self.manager, self.num_qo_heads, backend="flashinfer")
         self.cost_model = self.attention.cost_model
         self.forest = self.build()
-        self.bytes = num_pages * PAGE_SIZE * num_kv_heads * head_dim * 4
+        self.bytes = len(np.unique(np.concatenate(self.tables))) * PAGE_SIZE * num_kv_heads * head_dim * 4
 
-    def packed(self, cost_model: Any) -> FlashInferHybridData:  # noqa: ANN401  what pack_hybrid takes
+    def packed(self, cost_model: Any, tables: list[Any] | None = None) -> FlashInferHybridData:  # noqa: ANN401  what pack_hybrid takes
         """Levels as the planner would have them."""
-        return pack_hybrid(self.tables, self.lens, page_size=PAGE_SIZE, query_lens=None, cost_model=cost_model)
+        tables = self.tables if tables is None else tables
+        return pack_hybrid(tables, self.lens, page_size=PAGE_SIZE, query_lens=None, cost_model=cost_model)
 
     def build(self) -> tuple[list[int], list[Run]]:
         """The forest of the page tables."""
@@ -79,6 +88,11 @@ class Step:
         """The planned step in every layer."""
         for layer in range(NUM_LAYERS):
             self.attention.run(self.q, layer=layer)
+
+    def in_random_places(self) -> tuple[float, float]:
+        """Time of the planned step with every page in a random place."""
+        self.choose(self.packed(self.cost_model, self.scattered), None)
+        return device_us(self.layers, NUM_LAYERS)
 
     def choose(self, data: FlashInferHybridData, choices: Sequence[Choice] | None) -> None:
         """Plans levels with these kernels."""
@@ -178,7 +192,7 @@ def measure(step: Step, rates: dict[str, float], options: argparse.Namespace) ->
     data = step.packed(step.cost_model)
     step.choose(data, None)
     row["levels"] = len(data.levels)
-    row["kernels"] = [f"{c.kernel}:{len(c.kv_last_page_len)}" for c in step.attention._prepared.work.calls]
+    row["kernels"] = [f"{c.kind[0]}:{len(c.kv_last_page_len)}" for c in step.attention._prepared.work.calls]
     row["error"] = step.error()
     row["ours_us"], row["ours_spread"] = device_us(step.layers, NUM_LAYERS)
     row["plain_again_us"], _ = device_us(runs["plain"], NUM_LAYERS)  # how much the clocks have moved meanwhile
@@ -186,6 +200,7 @@ def measure(step: Step, rates: dict[str, float], options: argparse.Namespace) ->
         host_us(lambda: step.choose(data, None)),
         host_us(step.layers) / NUM_LAYERS,
     )
+    row["scattered_us"], row["scattered_spread"] = step.in_random_places()
     row["pack_us"] = host_us(lambda: step.packed(step.cost_model))
     row["forest_us"] = host_us(step.build)
     row["planner_us"] = host_us(lambda: step.planned(first=True))
@@ -202,7 +217,8 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=["known", "random"])
+    parser.add_argument("--only", choices=["known", "random", "ragged"])
+    parser.add_argument("--scattered", action="store_true")
     parser.add_argument("--random", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every-choice", action="store_true")
@@ -219,16 +235,17 @@ def main() -> None:
         "heads": options.heads,
         "dtype": str(DTYPE),
         "seed": options.seed,
+        "in_line": not options.scattered,
+        "ragged": options.only == "ragged",
     }
     print(json.dumps(about))
-    shapes = (KNOWN if options.only != "random" else []) + (
-        random_shapes(options.random, options.seed) if options.only != "known" else []
-    )
+    drawn = random_shapes(options.random, options.seed)
+    shapes = {"known": KNOWN, "random": drawn, "ragged": RAGGED}.get(options.only, KNOWN + drawn)
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "rows.jsonl").open("w", encoding="utf-8") as file:
         print(json.dumps(about), file=file)
         for shape in shapes:
-            row = measure(Step(shape, options.heads, options.seed), rates, options)
+            row = measure(Step(shape, options), rates, options)
             print(json.dumps(row), file=file, flush=True)
             best = min(row.get("choices", {"": row["ours_us"]}).items(), key=lambda item: item[1])
             print(

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from seqattn.calibrate import PAGE_SIZE, Shape
 
-__all__ = ["KNOWN", "PAGE_SIZE", "Shape", "random_shapes", "tables_of"]
+__all__ = ["KNOWN", "PAGE_SIZE", "RAGGED", "Shape", "random_shapes", "scattered", "tables_of"]
 
 #: tokens of KV in one layer that a random shape has at most: 1 GiB with 8 KV heads of 128 elements in 16 bits
 _MOST_TOKENS = 1 << 18
@@ -37,6 +37,18 @@ KNOWN = [
     Shape(128, 1, 1024, 16, 512, 512),
 ]
 
+#: shapes whose sequences have between a quarter of their own tokens and twice as many
+RAGGED = [
+    _prefix(256, 8192, 512),
+    _prefix(64, 2048, 2048),
+    _prefix(128, 512, 1024),
+    _prefix(32, 16384, 512),
+    _prefix(64, 0, 1024),
+    _prefix(256, 256, 256),
+    Shape(128, 1, 4096, 16, 1024, 512),
+    Shape(256, 4, 2048, 8, 512, 256),
+]
+
 
 def random_shapes(count: int, seed: int) -> list[Shape]:
     """Shapes with sizes spread evenly over their orders of magnitude, a half of them forests."""
@@ -60,13 +72,27 @@ def random_shapes(count: int, seed: int) -> list[Shape]:
     return shapes
 
 
-def tables_of(shape: Shape, seed: int) -> list[npt.NDArray[np.int32]]:
-    """Page tables of a shape, neighbours sharing the most; pages in random places."""
+def tables_of(shape: Shape, seed: int, *, in_line: bool = False, ragged: bool = False) -> list[npt.NDArray[np.int32]]:
+    """Page tables of a shape, neighbours sharing the most; pages in random places.
+
+    Args:
+        shape: the shape.
+        seed: of the random numbers.
+        in_line: prompts and documents lie side by side in memory, as a fresh allocator hands pages out.
+        ragged: sequences have between a quarter of the own tokens and twice as many.
+    """
     pages_each = [shape.system_len // PAGE_SIZE, shape.document_len // PAGE_SIZE, shape.own_len // PAGE_SIZE]
     num_prompts = shape.systems * shape.documents
     total = shape.systems * pages_each[0] + num_prompts * pages_each[1] + shape.batch * pages_each[2]
-    pages = np.random.default_rng(seed).permutation(total).astype(np.int32)
+    rng = np.random.default_rng(seed)
+    pages = rng.permutation(total).astype(np.int32)
     sizes = [shape.systems, num_prompts, shape.batch]
+    if ragged:
+        pages = rng.permutation(total + shape.batch * pages_each[2]).astype(np.int32)
+        pages_each[2] *= 2
+    if in_line:
+        first_own = len(pages) - sizes[2] * pages_each[2]
+        pages = np.concatenate((np.arange(first_own), first_own + np.argsort(pages[first_own:]))).astype(np.int32)
     ends = np.cumsum([count * each for count, each in zip(sizes, pages_each, strict=True)])
     parts = [
         part.reshape(count, each)
@@ -75,5 +101,15 @@ def tables_of(shape: Shape, seed: int) -> list[npt.NDArray[np.int32]]:
     rows = np.arange(shape.batch)
     prompts = rows * num_prompts // shape.batch
     chosen = (prompts // shape.documents, prompts, rows)
-    whole = np.concatenate([part[index] for part, index in zip(parts, chosen, strict=True)], axis=1)
-    return list(np.ascontiguousarray(whole))
+    whole = np.ascontiguousarray(np.concatenate([part[i] for part, i in zip(parts, chosen, strict=True)], axis=1))
+    if not ragged:
+        return list(whole)
+    fewest = -(-pages_each[2] // 8)
+    left_out = rng.integers(0, pages_each[2] - fewest + 1, shape.batch)
+    return [table[: len(table) - n] for table, n in zip(whole, left_out.tolist(), strict=True)]
+
+
+def scattered(tables: list[npt.NDArray[np.int32]], seed: int) -> list[npt.NDArray[np.int32]]:
+    """The same tables with all pages in other, random places."""
+    places = np.random.default_rng(seed).permutation(1 + max(int(table.max()) for table in tables)).astype(np.int32)
+    return [places[table] for table in tables]

@@ -14,6 +14,7 @@ from itertools import combinations, product
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from attrs import evolve
 
 from seqattn.errors import BadValueError
 from seqattn.fit import Measured, fit_device
@@ -94,6 +95,7 @@ class CalibrationBatch:
     Attributes:
         shape: the shape.
         tables: each sequence's page table; pages in random places.
+        in_line: but those of prompts side by side, for every other seed.
         lens: tokens of each sequence, int64 [batch].
         forest: order and runs.
         depths: of each run.
@@ -105,6 +107,9 @@ class CalibrationBatch:
         num_prompts = shape.systems * shape.documents
         pages = np.random.default_rng(seed).permutation(shape.num_tokens // PAGE_SIZE).astype(np.int32)
         ends = np.cumsum([shape.systems * sizes[0], num_prompts * sizes[1]])
+        self.in_line = seed % 2 == 1
+        if self.in_line:
+            pages = np.concatenate((np.arange(ends[0]), ends[0] + np.argsort(pages[ends[0] :]))).astype(np.int32)
         systems, documents, own = np.split(pages, ends)
         counts = (shape.systems, num_prompts, shape.batch)
         levels = [part.reshape(n, -1) for part, n in zip((systems, documents, own), counts, strict=True)]
@@ -120,7 +125,9 @@ class CalibrationBatch:
     def levels(self, kept: Sequence[bool]) -> list[Groups]:
         """The groups of each level if these runs are kept."""
         before = np.arange(len(self.tables) + 1)
-        return groups_of(self.forest[1], kept, before, self.lens[self.forest[0]], page_size=PAGE_SIZE)
+        *shared, last = groups_of(self.forest[1], kept, before, self.lens[self.forest[0]], page_size=PAGE_SIZE)
+        # One group is the one prompt: there are at least two documents, or none.
+        return [*(evolve(groups, in_line=self.in_line and len(groups.rows) == 1) for groups in shared), last]
 
     def ways(self, *, has_fa3: bool) -> Iterator[tuple[list[bool], list[int]]]:
         """For each way which runs are kept, and the slices of each level: 0 for fa2."""

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Chip", "constants_for", "load_constants", "path_of", "save_constants", "scaled"]
 
-_FORMAT = 3
+_FORMAT = 4
 _NAMES = {field.name for field in fields(Device) if field.init}
 _AGAIN = "run `python -m seqattn calibrate` again"
-_KERNELS = ("decode", "fa2_64", "fa2_128", "fa3", "short")
+_KERNELS = ("decode", "fa2_64", "fa2_128", "fa3", "short", "fa3_in_line")
 #: of the H200 that the defaults were measured on: bytes a second by its data sheet's clocks, and kHz
 _H200_RATE, _H200_CLOCK = 4.917e12, 1_980_000
 

@@ -106,8 +106,8 @@ class CostModel:
             heads.token_bytes,
             4 * num_qo_heads * head_dim,
             num_qo_heads / num_kv_heads,
-            bytes_per_s=device.fa2_64.bytes_per_s,
-            reread_bytes_per_s=max(device.decode.reread_bytes_per_s, device.fa2_64.bytes_per_s),
+            bytes_per_s=device.decode.bytes_per_s,
+            reread_bytes_per_s=max(device.decode.reread_bytes_per_s, device.decode.bytes_per_s),
             flops_per_s=4 * 128 * 128 * device.num_processors / max(device.fa3.token_ns, 1e-3) * 1e9,
             level_overhead_us=device.level_us,
             launch_us=device.plain_us,
@@ -166,9 +166,10 @@ def runs_that_pay(
         num_levels = _num_levels(costs, model)
         return RunChoice(costs, num_levels).best(model.level_overhead_us) if num_levels else [False] * len(runs)
     memory = model.device.chosen
-    # What a step more adds to every sequence changes nothing yet.
-    mean = int(num_tokens.sum()) // (_STEPS_ALIKE * len(num_tokens))
-    key = b"".join((arrays.listed.tobytes(), rows_before.tobytes(), repr((mean, page_size, model.heads)).encode()))
+    # What a step more adds to every sequence changes nothing yet. Lengths that are the same in the mean may differ: one
+    # sequence that is much longer than the others counts.
+    lens = int(num_tokens.sum()) // (_STEPS_ALIKE * len(num_tokens)), int(num_tokens.max()) // _STEPS_ALIKE
+    key = b"".join((arrays.listed.tobytes(), rows_before.tobytes(), repr((lens, page_size, model.heads)).encode()))
     kept = memory.get(key)
     if kept is None:
         kept = _fastest(arrays, rows_before, num_tokens, page_size, model, model.device)

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Measured", "fit_device", "predict"]
 
-_KERNELS = ("decode", "fa2_64", "fa2_128", "fa3", "short")
+_KERNELS = ("decode", "fa2_64", "fa2_128", "fa3", "short", "fa3_in_line")
 _OF_KERNELS = ("wave_us", "token_ns", "bytes_per_s", "reread_bytes_per_s", "part_ns", "row_ns", "mix")
 _OF_DEVICE = (
     "plain_us", "start_us", "level_us", "last_us", "gather_us", "fa2_waits", "spread", "lower_waits", "last_waits",
     "result_ns", "gathered_ns",
 )  # fmt: skip
 #: fa3 splits nothing
-_UNUSED = {("fa3", "part_ns"), ("fa3", "row_ns")}
+_UNUSED = {(kernel, name) for kernel in ("fa3", "fa3_in_line") for name in ("part_ns", "row_ns")}
 #: how much a constant is held near where it began
 _HELD = 0.2
 #: relative error from which on more counts less

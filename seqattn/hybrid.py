@@ -75,10 +75,10 @@ def pack_hybrid(
     lens, rows = _checked(tables, num_tokens, page_size, query_lens)
     model = _model(cost_model)
     order, runs = build_forest(tables, ((lens - rows) // page_size).tolist())
-    rows_before = np.concatenate(([0], np.cumsum(rows[order])))
     kept = None
     if model is not None and runs:
-        kept = runs_that_pay(runs, rows_before, lens[order], page_size, model)
+        places = np.array(order)
+        kept = runs_that_pay(runs, _before(rows[places]), lens[places], page_size, model)
     return pack_runs(tables, lens, rows, (order, runs), kept, page_size=page_size)
 
 
@@ -105,11 +105,11 @@ def pack_runs(
     if kept is not None:
         runs, _ = without(runs, kept)
         order = order if runs else list(range(len(tables)))
-    ordered = [tables[i] for i in order]
-    rows_before = np.concatenate(([0], np.cumsum(rows[order])))
+    places = np.array(order, dtype=np.int64)  # once: a list of numbers takes as long as all the rest to convert
+    ordered, rows_before, its_lens = [tables[i] for i in order], _before(rows[places]), lens[places]
     levels = _shared_levels(runs, ordered, rows_before, page_size)
-    levels.append(_last_level(runs, ordered, rows_before, (lens[order] - 1) % page_size + 1))
-    return FlashInferHybridData.trusted(tuple(levels), torch.tensor(order, dtype=torch.int64))
+    levels.append(_last_level(runs, ordered, rows_before, its_lens, page_size))
+    return FlashInferHybridData.trusted(tuple(levels), torch.from_numpy(places))
 
 
 def _checked(
@@ -192,12 +192,22 @@ def _shared_level(
     )
 
 
-def _last_level(runs: list[Run], tables: list[PageArray], rows_before: Int64Array, last: Int64Array) -> HybridLevel:
+def _last_level(
+    runs: list[Run], tables: list[PageArray], rows_before: Int64Array, lens: Int64Array, page_size: int
+) -> HybridLevel:
     num_shared = np.zeros(len(tables), dtype=np.int64)
     for run in runs:  # a run below overwrites what the run above it left
         num_shared[run.first : run.stop] = run.end
     own = [table[begin:] for table, begin in zip(tables, num_shared.tolist(), strict=True)]
-    return _level(rows_before, np.array([len(pages) for pages in own], dtype=np.int32), concatenate(own), last)
+    num_own = (-(-lens // page_size) - num_shared).astype(np.int32)
+    return _level(rows_before, num_own, concatenate(own), (lens - 1) % page_size + 1)
+
+
+def _before(rows: Int64Array) -> Int64Array:
+    """The sum of all rows before each place, and of all."""
+    before = np.zeros(len(rows) + 1, dtype=np.int64)
+    rows.cumsum(out=before[1:])
+    return before
 
 
 def _level(qo_indptr: Int64Array, num_pages: npt.NDArray[np.int32], pages: PageArray, last: Int64Array) -> HybridLevel:

@@ -27,7 +27,10 @@ __all__ = ["as_invariant", "group_lengths", "to_numpy", "validate_indptr", "vali
 
 def to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """The tensor's values: a view if it is on the CPU, otherwise a copy that waits for the device."""
-    values: npt.NDArray[Any] = tensor.detach().cpu().numpy()
+    try:
+        values: npt.NDArray[Any] = tensor.numpy()
+    except (RuntimeError, TypeError):  # it is elsewhere, or needs a gradient
+        values = tensor.detach().cpu().numpy()
     return values
 
 

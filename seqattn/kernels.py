@@ -183,7 +183,7 @@ class Launcher:
         _, num_heads, head_dim = q.shape
         row_stride, head_stride, _ = q.stride()
         block = _power_of_2(num_heads * head_dim, 2048)
-        grid = (len(codes), -(-num_heads * head_dim // block), 1)
+        grid = (codes.shape[0], -(-num_heads * head_dim // block), 1)
         numbers = (row_stride, head_stride, num_heads, heads_each, head_dim, block)
         self._launch(_gather, grid, (q, out, codes, *numbers), (q.dtype, q.data_ptr() % 16, *numbers))
 

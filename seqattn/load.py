@@ -8,6 +8,7 @@ over a stretch of tokens as one block:
     fa2 and decode   tiles of 16, 64 or 128 by the mean of packed rows, two blocks a multiprocessor; cuts lists itself
                      until blocks fill them
     short            decode without tensor cores, for short lists: it begins a list in half the time
+    fa3_in_line      fa3 over tokens that lie side by side, where its stretches are long
 
 All levels of all choices are counted at once: a `Cut` lists their groups one after the other, those of shared levels
 before those of last levels.
@@ -34,10 +35,22 @@ if TYPE_CHECKING:
     Int64Array = npt.NDArray[np.int64]
     FloatArray = npt.NDArray[np.float64]
 
-__all__ = ["FA3", "SLICES", "Cut", "Groups", "Heads", "Load", "is_short", "loads_of", "slices_for"]
+__all__ = [
+    "FA3",
+    "FA3_IN_LINE",
+    "SLICES",
+    "Cut",
+    "Groups",
+    "Heads",
+    "Load",
+    "is_long",
+    "is_short",
+    "loads_of",
+    "slices_for",
+]
 
 #: kernels by number: the three tiles of fa2, the first of which is decode, then these
-FA3, SHORT = 3, 4
+FA3, SHORT, FA3_IN_LINE = 3, 4, 5
 #: query heads of a KV head for which the kernel for short lists was measured, and the mean tokens that it is for
 _SHORT_HEADS, _SHORT_TOKENS, _LEAST_LISTS = 4, 176, 16
 _TILE_LIST = (16, 64, 128)
@@ -50,6 +63,8 @@ _MOST_SLICES, _SLICES_OF_FEW = 8, 64
 _LEAST_CHUNK = 128
 #: nor do slices
 _LEAST_SLICE = 64
+#: tokens of a slice from which on fa3 is faster over an array than over a list of pages; shorter ones take longer
+_LEAST_IN_LINE = 512
 
 
 @define(slots=True, frozen=True)
@@ -80,11 +95,13 @@ class Groups:
         rows: query rows of each, int64.
         tokens: tokens that each reads, int64, above 0.
         num_different: different tokens among them all.
+        in_line: there is one group, and its tokens lie side by side in memory.
     """
 
     rows: Int64Array
     tokens: Int64Array
     num_different: int
+    in_line: bool = False
 
 
 @define(slots=True, frozen=True, eq=False)
@@ -97,6 +114,7 @@ class Cut:
         first: where each level's groups begin, int64 [levels]; no level is empty.
         different: different tokens of each level, int64 [levels].
         num_shared: of the levels, those that are not a choice's last.
+        in_line: as in `Groups`, bool [levels]; None for none that is known to be.
     """
 
     rows: Int64Array
@@ -105,6 +123,7 @@ class Cut:
     first: Int64Array
     different: Int64Array
     num_shared: int
+    in_line: npt.NDArray[np.bool_] | None = None
 
     @classmethod
     def of(cls, levels: Sequence[Groups]) -> Cut:
@@ -113,7 +132,8 @@ class Cut:
         different = np.array([level.num_different for level in levels])
         rows = np.concatenate([level.rows for level in levels])
         tokens = np.concatenate([level.tokens for level in levels])
-        return cls(rows, tokens, np.ones_like(rows), first, different, len(levels) - 1)
+        in_line = np.array([level.in_line for level in levels])
+        return cls(rows, tokens, np.ones_like(rows), first, different, len(levels) - 1, in_line)
 
 
 @define(slots=True, frozen=True, eq=False)
@@ -140,6 +160,11 @@ def is_short(heads_each: int, num_lists: int, num_tokens: int) -> bool:
     return heads_each == _SHORT_HEADS and num_lists >= _LEAST_LISTS and num_tokens <= _SHORT_TOKENS * num_lists
 
 
+def is_long(num_tokens: int) -> bool:
+    """Whether fa3 reads slices of so many tokens, the longest of a call, faster as an array than page by page."""
+    return num_tokens >= _LEAST_IN_LINE
+
+
 def slices_for(heads: Heads, slices: Int64Array) -> Int64Array:
     """Those of the numbers of slices that were seen to be good with so many KV heads: 8, more with fewer than 8 heads.
 
@@ -162,6 +187,8 @@ def loads_of(cut: Cut, heads: Heads, num_processors: int, slices: Int64Array) ->
     values = np.zeros((9, len(counts), 1 + len(slices)))
     values[0] = 1  # blocks of what is not counted
     kernel = np.full(values.shape[1:], FA3)
+    if cut.in_line is not None and cut.in_line.any():
+        kernel[cut.in_line[:, None] & (-(-longest[:, None] // np.r_[1, slices]) >= _LEAST_IN_LINE)] = FA3_IN_LINE
     kernel[:, 0], values[:7, :, 0] = _fa2(
         cut, heads, num_processors, (counts, level, longest, total_rows, total_tokens)
     )

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from seqattn.load import FA3
+from seqattn.load import FA3, FA3_IN_LINE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +61,8 @@ NOTHING = (1e-9, 0.0, 0.0, 1e-9, 0.0, 0.0, 0.0, 0.0, 1e-9, 0.0, 1.0)
 
 def bodies_of(device: Device, load: Load, heads: Heads) -> FloatArray:
     """What calls take, from what they have to do: `body_of` of each, float64 [11, ...]."""
-    return np.array(body_of(device, device.table[:, load.kernel], load.kernel == FA3, load.values, heads, ARRAYS))
+    is_fa3 = (load.kernel == FA3) | (load.kernel == FA3_IN_LINE)
+    return np.array(body_of(device, device.table[:, load.kernel], is_fa3, load.values, heads, ARRAYS))
 
 
 def body_of(

@@ -31,12 +31,14 @@ class BoundRun:
 
     Args:
         wrapper: planned.
+        takes_two: its `run` takes keys and values as two arguments, not as one pair.
     """
 
-    __slots__ = ("_arguments", "_function", "_places", "wrapper")
+    __slots__ = ("_arguments", "_function", "_places", "_takes_two", "wrapper")
 
-    def __init__(self, wrapper: Any) -> None:  # noqa: ANN401  flashinfer's, untyped
+    def __init__(self, wrapper: Any, *, takes_two: bool = False) -> None:  # noqa: ANN401  flashinfer's, untyped
         self.wrapper = wrapper
+        self._takes_two = takes_two
         self._function: Callable[..., object] | None = None
         self._arguments: list[Any] = []
         self._places: tuple[int, ...] | None = None
@@ -66,7 +68,7 @@ class BoundRun:
             setattr(self.wrapper, _MODULE, recorder)
         try:
             options = {} if lse is None else {"lse": lse, "return_lse": True}
-            self.wrapper.run(q, caches, out=out, **options)
+            self.wrapper.run(q, *(caches if self._takes_two else (caches,)), out=out, **options)
         finally:
             if module is not None:
                 setattr(self.wrapper, _MODULE, module)

@@ -10,6 +10,7 @@ the number of blocks and every place in memory, and say in memory which blocks h
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -78,6 +79,7 @@ class CapturedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: Any = None
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        finalize(self, self._copied.synchronize)  # as in `WrapperSet.in_use`
         self._prepared: Prepared | None = None
 
     def capture(

@@ -24,17 +24,32 @@ if TYPE_CHECKING:
 
     from seqattn.attention.plan import BatchPlan, LevelPlan
 
-__all__ = ["choose"]
+__all__ = ["choose", "own_of", "what_matters"]
 
 #: mean rows of a group from which on the causal level is faster in tiles of 128 rows: between 24 and 110 on an H200
 _LONG_ROWS = 80
+#: what sequences have of their own, in the mean or at most, may differ by so much: a choice stays the same until then
+_TOKENS_ALIKE = 32
 
 
 def choose(
-    plan: BatchPlan, slices_of: Callable[[Sequence[Groups], Groups], list[int]], page_size: int, *, has_fa3: bool
+    plan: BatchPlan,
+    slices_of: Callable[[Sequence[Groups], Groups], list[int]],
+    page_size: int,
+    *,
+    has_fa3: bool,
+    has_spans: bool = False,
 ) -> list[Choice]:
-    """A choice for each level of a batch; `slices_of` gives the slices of shared levels above a last, 0 for fa2."""
-    groups = [_groups(level, page_size) for level in plan.levels[:-1]]
+    """A choice for each level of a batch.
+
+    Args:
+        plan: the batch.
+        slices_of: gives the slices of shared levels above a last, 0 for fa2.
+        page_size: token slots in a page.
+        has_fa3: whether the device runs fa3.
+        has_spans: as for `work_of`.
+    """
+    groups = [_groups(level, page_size, has_spans=has_spans) for level in plan.levels[:-1]]
     used = [level for level in groups if len(level.rows)]
     last = plan.levels[-1]
     rows, kv_lens = last.row_lens, last.kv_lens
@@ -49,8 +64,24 @@ def choose(
     return [*shared, Choice("fa3" if is_long else "fa2")]
 
 
-def _groups(level: LevelPlan, page_size: int) -> Groups:
+def own_of(plan: BatchPlan, page_size: int) -> tuple[int, int]:
+    """What sequences have of their own, in the mean and at most, in steps of what is alike."""
+    indptr = plan.levels[-1].kv_page_indptr
+    most = int((indptr[1:] - indptr[:-1]).max()) if len(indptr) > 1 else 0
+    return int(indptr[-1]) * page_size // (_TOKENS_ALIKE * max(plan.num_rows, 1)), most * page_size // _TOKENS_ALIKE
+
+
+def what_matters(shared: Sequence[Groups], last: Groups) -> bytes:
+    """The same for batches for which the same slices are best: where it is, nothing need be predicted again."""
+    mean, most = int(last.tokens.sum()) // len(last.rows), int(last.tokens.max())
+    about = (len(last.rows), int(last.rows.sum()), mean // _TOKENS_ALIKE, most // _TOKENS_ALIKE)
+    lines = [level.in_line for level in shared]
+    parts = [array.tobytes() for level in shared for array in (level.rows, level.tokens)]
+    return b"".join((repr((about, lines)).encode(), *parts))
+
+
+def _groups(level: LevelPlan, page_size: int, *, has_spans: bool) -> Groups:
     rows, kv_lens = level.row_lens, level.kv_lens
     used = (rows > 0) & (kv_lens > 0)
     different = len(np.unique(level.kv_page_indices)) * page_size
-    return Groups(rows[used], kv_lens[used], min(different, int(kv_lens[used].sum())))
+    return Groups(rows[used], kv_lens[used], min(different, int(kv_lens[used].sum())), has_spans and level.in_line)

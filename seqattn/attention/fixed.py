@@ -58,6 +58,7 @@ class CallForm:
         gathered: it reads gathered queries.
         num_rows, num_groups: of every step.
         num_pages: the most of a step.
+        span: as in `KernelCall`: a graph holds where its array begins and ends.
         tables: the bytes of its arrays, if it is planned once; empty otherwise.
     """
 
@@ -67,6 +68,7 @@ class CallForm:
     num_rows: int
     num_groups: int
     num_pages: int
+    span: tuple[int, int] | None = None
     tables: bytes = b""
 
 
@@ -103,10 +105,11 @@ def _call_form(call: KernelCall, num_rows: int, sizes: Sizes) -> CallForm:
     if call.kernel == "fa2" and call.num_rows * sizes.heads_each <= _MOST_SMALL_ROWS * num_groups:
         tables = (call.qo_indptr, call.kv_page_indptr, call.kv_page_indices, call.kv_last_page_len)
         found = b"".join(table.tobytes() for table in tables)
-        return CallForm("fa2", False, gathered, call.num_rows, num_groups, len(call.kv_page_indices), found)  # noqa: FBT003  as above
+        num_pages = len(call.kv_page_indices)
+        return CallForm("fa2", False, gathered, call.num_rows, num_groups, num_pages, tables=found)  # noqa: FBT003  as above
     rows = num_rows * -(-call.num_rows // num_rows)
     groups = 1 << num_groups.bit_length()  # above the groups that there are: at least one is padding
-    return CallForm(call.kernel, call.by_group, gathered, rows, groups, sizes.num_pages + groups)
+    return CallForm(call.kernel, call.by_group, gathered, rows, groups, sizes.num_pages + groups, call.span)
 
 
 def padded(work: Work, form: StepForm, heads_each: int) -> Work:

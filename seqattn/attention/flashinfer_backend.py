@@ -24,6 +24,7 @@ What flashinfer leaves to its callers is settled here:
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,8 @@ import torch
 
 from seqattn.append import side_by_side
 from seqattn.attention.calls import KernelCall, Work, is_next, next_work, work_of
-from seqattn.attention.choice import choose
+from seqattn.attention.choice import choose, own_of, what_matters
+from seqattn.attention.layers import LayerViews
 from seqattn.attention.prepared import Form, Prepared, Scratch, scratch_for
 from seqattn.attention.streams import Streams
 from seqattn.attention.wrappers import Wrapper, WrapperSet
@@ -41,6 +43,7 @@ from seqattn.errors import MissingExtraError, SeqAttnError, TensorError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     import numpy as np
     import numpy.typing as npt
@@ -55,8 +58,6 @@ __all__ = ["FlashInferBackend", "why_not"]
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_DIMS = (64, 128, 256)
-#: how levels are computed is chosen anew when the mean length of what sequences have of their own has grown by so much
-_TOKENS_ALIKE = 32
 
 
 def why_not(manager: PagedKVCacheManager) -> str | None:
@@ -94,6 +95,7 @@ class FlashInferBackend:
             raise TensorError(f"backend 'flashinfer' cannot be used: {reason}; use backend='torch'")
         self.manager = manager
         self.device = manager.device
+        self._index = self.device.index
         self.num_qo_heads = num_qo_heads
         self.heads_each = num_qo_heads // manager.num_heads
         self.sm_scale = sm_scale
@@ -110,11 +112,10 @@ class FlashInferBackend:
         self._scratch: Scratch | None = None
         self._captured: list[Prepared] = []
         #: a decoding batch, its calls and how long its own lists are; the next is often much the same
-        self._known: tuple[BatchPlan, Work, int] | None = None
+        self._known: tuple[BatchPlan, Work, tuple[int, int]] | None = None
         self._codes: tuple[object, list[torch.Tensor]] | None = None  # on the device, and the array that tells them
         self._last_slices: tuple[bytes, list[int]] = (b"none", [])
-        self._caches: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._caches_of: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        self.layers = LayerViews(manager)
         self._launcher: Launcher | None = None
         self._streams = Streams(self.device)
 
@@ -127,7 +128,7 @@ class FlashInferBackend:
             plan: the batch.
             choices: how to compute each level; None for what is predicted to be fastest.
         """
-        with torch.cuda.device(self.device):
+        with self._on_device():
             if torch.cuda.is_current_stream_capturing():
                 raise SeqAttnError("plan cannot be captured in a CUDA graph: plan first, then capture run")
             work = self.work(plan, choices)
@@ -140,21 +141,21 @@ class FlashInferBackend:
     def work(self, plan: BatchPlan, choices: Sequence[Choice] | None = None) -> Work:
         """A batch as calls; the arguments are those of `prepare`."""
         if choices is not None:
-            return work_of(plan, choices, self.heads_each, self.manager.page_size)
-        own = len(plan.levels[-1].kv_page_indices) * self.manager.page_size // (_TOKENS_ALIKE * max(plan.num_rows, 1))
+            return self._work_of(plan, choices)
+        own = own_of(plan, self.manager.page_size)
         if self._known is not None and self._known[2] == own and is_next(self._known[0], plan):
             return next_work(self._known[1], plan)
-        choices = choose(plan, self._slices_of, self.manager.page_size, has_fa3=self.costs.has_fa3)
-        work = work_of(plan, choices, self.heads_each, self.manager.page_size)
+        how = {"has_fa3": self.costs.has_fa3, "has_spans": self.layers.has_spans}
+        work = self._work_of(plan, choose(plan, self._slices_of, self.manager.page_size, **how))
         self._known = (plan, work, own) if plan.levels[-1].decodes else None
         return work
 
+    def _work_of(self, plan: BatchPlan, choices: Sequence[Choice]) -> Work:
+        return work_of(plan, choices, self.heads_each, self.manager.page_size, has_spans=self.layers.has_spans)
+
     def _slices_of(self, shared: Sequence[Groups], last: Groups) -> list[int]:
         """The slices of shared levels; those of a decoding batch stay the same for many steps."""
-        about = repr(
-            (len(last.rows), int(last.rows.sum()), int(last.tokens.sum()) // (_TOKENS_ALIKE * len(last.rows)))
-        ).encode()
-        key = about + b"".join(array.tobytes() for level in shared for array in (level.rows, level.tokens))
+        key = what_matters(shared, last)
         if key != self._last_slices[0]:
             self._last_slices = key, self.costs.best(shared, self.heads, last)[1]
         return self._last_slices[1]
@@ -163,8 +164,8 @@ class FlashInferBackend:
         """Sends the page numbers and codes to the device in one copy, and plans a wrapper for each call that is new."""
         used = []
         for i, call in enumerate(work.calls):
-            lane, kind = work.lane(i), (call.kernel, call.by_group)
-            nth = sum(work.lane(j) == lane and (c.kernel, c.by_group) == kind for j, c in enumerate(work.calls[:i]))
+            lane = work.lane(i)
+            nth = sum(work.lane(j) == lane and c.kind == call.kind for j, c in enumerate(work.calls[:i]))
             used.append(wrappers.sized(call, lane, nth))
         new = [i for i, call in enumerate(work.calls) if not used[i].is_planned_for(call)]
         codes: tuple[npt.NDArray[np.int32], ...] = ()
@@ -212,7 +213,10 @@ class FlashInferBackend:
             "sm_scale": self.sm_scale,
             "logits_soft_cap": self.logits_soft_cap,
         } | options
-        if call.kernel == "decode":
+        if call.span is not None:
+            wrapper.made.plan(tables[0], manager.page_size * tables[1], *sizes, causal=call.causal, **common)
+        elif call.kernel == "decode":
+            common["seq_lens"] = torch.from_numpy(call.lens(manager.page_size))  # flashinfer would take torch to it
             wrapper.made.plan(*tables[1:], *sizes, manager.page_size, **common)
         else:
             wrapper.made.plan(*tables, *sizes, manager.page_size, causal=call.causal, **common)
@@ -236,36 +240,30 @@ class FlashInferBackend:
         """
         if q.dtype != self.manager.dtype:
             raise TensorError(f"q is {q.dtype} but the cache holds {self.manager.dtype}: the kernels read one dtype")
-        caches = self._layer(layer)
+        caches = self.layers.pages(layer)
         if torch.cuda.is_current_stream_capturing() and not prepared.is_fixed and prepared not in self._captured:
             self._captured.append(prepared)  # the graph goes on using its memory
         q = side_by_side(q)
         direct = prepared.work.direct
-        with torch.cuda.device(self.device):
+        with self._on_device():
             out = torch.empty(q.shape, dtype=q.dtype, device=self.device)
             lse = out
             if return_lse or not direct:
                 lse = torch.empty(q.shape[:2], dtype=torch.float32, device=self.device)
             if direct:
                 prepared.runs[0][return_lse](q, caches, out, lse if return_lse else None)
-            elif len(q):
-                self._run_parts(q, caches, prepared, (out, lse))
+            elif q.shape[0]:
+                self._run_parts(q, layer, prepared, (out, lse))
         return out, lse
 
-    def _layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer; views are made once, not once a step."""
-        manager = self.manager
-        if self._caches_of[0] is not manager.key_cache or self._caches_of[1] is not manager.value_cache:
-            self._caches = [manager.layer_tensors(i) for i in range(manager.num_layers)]
-            self._caches_of = manager.get_memory_tensors()
-        if type(layer) is not int or not 0 <= layer < len(self._caches):
-            return manager.layer_tensors(layer)  # which says what is wrong
-        return self._caches[layer]
+    def _on_device(self) -> AbstractContextManager[None]:
+        """A guard of the device takes longer than to see that there is no need of one."""
+        return nullcontext() if torch.cuda.current_device() == self._index else torch.cuda.device(self._index)
 
     def _run_parts(
         self,
         q: torch.Tensor,
-        caches: tuple[torch.Tensor, torch.Tensor],
+        layer: int,
         prepared: Prepared,
         results: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
@@ -275,21 +273,23 @@ class FlashInferBackend:
             self._launcher = Launcher()
         scratch = prepared.scratch
         query_codes, part_indptr, part_codes = prepared.codes
-        if len(scratch.gathered):
+        if scratch.has_gathered:
             self._launcher.gather_queries(q, query_codes, scratch.gathered, self.heads_each)
         num_calls = len(prepared.runs)
         if self.overlap and num_calls > 1:
             pause = prepared.work.calls[0].kernel == "fa3"
-            self._streams.run(num_calls, lambda i: _run_call(q, caches, prepared, i), pause=pause)
+            self._streams.run(num_calls, lambda i: self._run_call(q, layer, prepared, i), pause=pause)
         else:
             for i in range(num_calls):
-                _run_call(q, caches, prepared, i)
+                self._run_call(q, layer, prepared, i)
         parts = (scratch.part_out, scratch.part_lse, part_indptr, part_codes)
         self._launcher.merge_parts(*parts, *results, heads_each=self.heads_each)
 
-
-def _run_call(q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], prepared: Prepared, i: int) -> None:
-    queries, out, lse = prepared.scratch.views[i]
-    if queries is None:
-        queries = q if len(q) == len(out) else q[: len(out)]
-    prepared.runs[i][1](queries, caches, out, lse)
+    def _run_call(self, q: torch.Tensor, layer: int, prepared: Prepared, i: int) -> None:
+        queries, out, lse = prepared.scratch.views[i]
+        if queries is None:
+            num_rows = out.shape[0]
+            queries = q if q.shape[0] == num_rows else q[:num_rows]
+        span = prepared.work.calls[i].span
+        caches = self.layers.pages(layer) if span is None else self.layers.span(layer, span)
+        prepared.runs[i][1](queries, caches, out, lse)

@@ -185,7 +185,7 @@ class PagedAttention:
         if self._shape is None:
             raise SeqAttnError("run needs a plan: call plan(packed) first, once a step")
         self.check_queries(q, self._shape)
-        if torch.is_grad_enabled():
+        if q.requires_grad and torch.is_grad_enabled():
             with torch.no_grad():
                 out, lse = self._run(q, layer, return_lse=return_lse)
         else:

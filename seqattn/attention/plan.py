@@ -69,6 +69,14 @@ class LevelPlan:
         """Tokens of each group, int64 [groups]; made anew."""
         return group_lengths(self.kv_page_indptr, self.kv_last_page_len, self.page_size)
 
+    @property
+    def in_line(self) -> bool:
+        """Whether one group has all pages, full ones, each the next in memory; O(pages)."""
+        pages, last = self.kv_page_indices, self.kv_last_page_len
+        if np.count_nonzero(self.kv_page_indptr[1:] > self.kv_page_indptr[:-1]) != 1 or last.max() != self.page_size:
+            return False
+        return bool((pages[1:] - pages[:-1] == 1).all())
+
 
 @define(slots=True, frozen=True, eq=False)
 class BatchPlan:
@@ -200,17 +208,17 @@ def _level_plan(manager: PagedKVCacheManager, level: HybridLevel, *, causal: boo
     tensors = (level.qo_indptr, level.kv_page_indptr, level.kv_page_indices, level.kv_last_page_len)
     if any(tensor.dtype != torch.int32 or tensor.ndim != 1 for tensor in tensors):
         level.validate(page_size)
-    qo_indptr, indptr, pages, last = (to_numpy(tensor) for tensor in tensors)
+    qo_indptr, indptr, pages, last = [to_numpy(tensor) for tensor in tensors]
     is_usual = _is_usual(indptr, last, len(pages), page_size)
+    one_each = one_each or (len(qo_indptr) == len(last) + 1 and bool((qo_indptr == np.arange(len(qo_indptr))).all()))
     if not (is_usual and (one_each or _is_indptr(qo_indptr, len(last)))):
         level.validate(page_size)
     # As an unsigned number a negative one is too large as well.
     if len(pages) and not pages.view(np.uint32).max() < manager.num_pages:
         level.validate(page_size)
         raise PageError(f"page {pages.max()} is not in [0, {manager.num_pages}): the batch belongs to another manager")
-    decodes = is_usual and (one_each or bool((qo_indptr == np.arange(len(qo_indptr))).all()))
-    found = LevelPlan(qo_indptr, indptr, pages, last, page_size, causal, decodes)
-    if causal and not decodes:
+    found = LevelPlan(qo_indptr, indptr, pages, last, page_size, causal, is_usual and one_each)
+    if causal and not found.decodes:
         _check_causal(found.row_lens, found.kv_lens)
     return found
 

@@ -35,6 +35,7 @@ class Scratch:
         gathered: queries that calls read in another order, [queries, num_qo_heads, head_dim].
         part_out, part_lse: results of all calls, [parts, num_qo_heads, head_dim] and [parts, num_qo_heads].
         views: for each call its queries (None for the caller's), its output and its lse, in its own layout.
+        has_gathered: whether there are any gathered queries.
     """
 
     key: tuple[object, ...]
@@ -42,6 +43,7 @@ class Scratch:
     part_out: torch.Tensor
     part_lse: torch.Tensor
     views: list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]
+    has_gathered: bool
 
 
 @define(slots=True, frozen=True, eq=False)
@@ -87,7 +89,7 @@ def scratch_for(work: Work, form: Form, last: Scratch | None) -> Scratch:
             queries = _laid_out(gathered[call.first_query : call.first_query + call.num_rows], call, form)
         out, lse = (_laid_out(tensor[rows], call, form) for tensor in (part_out, part_lse))
         views.append((queries, out, lse))
-    return Scratch(key, gathered, part_out, part_lse, views)
+    return Scratch(key, gathered, part_out, part_lse, views, bool(len(work.query_codes)))
 
 
 def _laid_out(tensor: torch.Tensor, call: KernelCall, form: Form) -> torch.Tensor:

@@ -18,7 +18,7 @@ class Streams:
     """The streams beside the caller's on a device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._index = device.index
         self._sides = [torch.cuda.Stream(device, priority=priority) for priority in (-2, -1)]  # type: ignore[no-untyped-call]
         self._pause = torch.zeros(1, device=device)
         self._events = tuple(torch.cuda.Event() for _ in range(4))  # type: ignore[no-untyped-call]
@@ -31,8 +31,9 @@ class Streams:
             call: makes one on the current stream.
             pause: the last call begins a little later, so that the blocks of the first get their multiprocessors.
         """
-        main, last = torch.cuda.current_stream(self._device), num_calls - 1
+        main, last = torch.cuda.current_stream(self._index), num_calls - 1
         (first, between), (begun, later, first_done, between_done) = self._sides, self._events
+        used = [(first, first_done)]
         begun.record(main)
         if pause:
             self._pause.zero_()
@@ -43,15 +44,16 @@ class Streams:
             torch.cuda.set_stream(first)
             call(0)
             if last > 1:
+                used.append((between, between_done))
                 between.wait_event(later)
                 torch.cuda.set_stream(between)
                 for i in range(1, last):
                     call(i)
+            torch.cuda.set_stream(main)
+            call(last)
         finally:
             torch.cuda.set_stream(main)
-        call(last)
-        first_done.record(first)
-        main.wait_event(first_done)
-        if last > 1:
-            between_done.record(between)
-            main.wait_event(between_done)
+            # Also where a call raises: what was launched uses memory that the caller's stream may be given next.
+            for stream, done in used:
+                done.record(stream)
+                main.wait_event(done)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ _LEAST_INT_WORKSPACE = 256 << 10
 _LEAST_FLOAT_WORKSPACE = 32 << 20
 #: what a wrapper calls its arrays, and what a call does
 _BUFFERS = {"kv_indptr": "kv_page_indptr", "kv_indices": "kv_page_indices", "kv_last_page_len": "kv_last_page_len"}
+_IN_LINE = "fa3 in line"
 
 
 @define(slots=True, eq=False)
@@ -70,7 +72,10 @@ class Wrapper:
             return False
         if self.call is call:
             return True
-        return all(np.array_equal(old, new) for old, new in zip(self.planned, _tables(call), strict=True))
+        is_same = all(np.array_equal(old, new) for old, new in zip(self.planned, _tables(call), strict=True))
+        if is_same:
+            self.call = call  # which the next steps have again
+        return is_same
 
     def begin(self) -> None:
         """To be called before a plan: until `done`, nothing is planned."""
@@ -78,7 +83,8 @@ class Wrapper:
 
     def done(self, call: KernelCall) -> None:
         """To be called after a plan. Sequences grow with every step: a call that decodes is not kept."""
-        self.runs = (BoundRun(self.made), BoundRun(self.made))
+        takes_two = call.span is not None
+        self.runs = (BoundRun(self.made, takes_two=takes_two), BoundRun(self.made, takes_two=takes_two))
         if call.kernel != "decode":
             self.planned, self.call = tuple(table.copy() for table in _tables(call)), call
 
@@ -100,6 +106,7 @@ class WrapperSet:
     workspaces: dict[int, torch.Tensor]
     _by_kind: dict[tuple[str, int, bool], list[Wrapper]] = field(factory=dict)
     _pinned: torch.Tensor | None = None
+    _memory: Int32Array | None = None  # of `_pinned`
     _copied: torch.cuda.Event | None = None
 
     @contextmanager
@@ -107,12 +114,14 @@ class WrapperSet:
         """Waits until the copies of the set's last use are done; marks the end of those made inside."""
         if self._copied is None:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # torch does not know of the copies that wrappers make, and gives their pinned memory to others at once.
+            finalize(self, self._copied.synchronize)
         else:
             self._copied.synchronize()
         try:
             yield
         finally:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self.manager.device.index))
 
     def stage(
         self, to_send: Sequence[Int32Array], to_keep: Sequence[Int32Array]
@@ -125,7 +134,9 @@ class WrapperSet:
             begins.append(begins[-1] + -(-len(array) // 4) * 4)
         if self._pinned is None or len(self._pinned) < begins[-1]:
             self._pinned = torch.empty(2 * begins[-1], dtype=torch.int32, pin_memory=self.manager.device.type == "cuda")
-        memory = self._pinned.numpy()
+            self._memory = self._pinned.numpy()
+        memory = self._memory
+        assert memory is not None
         for array, begin in zip(arrays, begins, strict=False):
             memory[begin : begin + len(array)] = array
         sent = self._pinned[: begins[len(to_send)]].to(self.manager.device, non_blocking=True)
@@ -134,7 +145,7 @@ class WrapperSet:
 
     def sized(self, call: KernelCall, lane: int, nth: int) -> Wrapper:
         """The nth wrapper of the call's kind on a stream, with workspaces that are large enough for the call."""
-        kind = "short" if self._is_short(call) else call.kernel
+        kind = "short" if self._is_short(call) else call.kind[0]
         found = self._by_kind.setdefault((kind, lane, call.by_group), [])
         float_size, int_size = self._workspace_sizes(call)
         workspace = self.workspace(lane, float_size)
@@ -157,7 +168,7 @@ class WrapperSet:
         """
         float_size, int_size = self._workspace_sizes(call, fixed=True)
         workspace = self.workspace(lane, float_size)
-        made = self._make(call.kernel, workspace, buffers)
+        made = self._make(call.kind[0], workspace, buffers)
         self._give(made, workspace, max(int_size, _LEAST_INT_WORKSPACE))
         return Wrapper(made, len(workspace), int_size)
 
@@ -165,7 +176,7 @@ class WrapperSet:
         """A new wrapper for one plan."""
         float_size, int_size = self._workspace_sizes(call)
         workspace = self.workspace(lane, float_size)
-        made = self._make(call.kernel, workspace)
+        made = self._make(call.kind[0], workspace)
         self._give(made, workspace, max(int_size, _LEAST_INT_WORKSPACE))
         return Wrapper(made, len(workspace), int_size)
 
@@ -211,6 +222,11 @@ class WrapperSet:
             suffix = "buffer" if kernel == "decode" else "buf"
             fixed = {f"paged_{name}_{suffix}": buffers[array] for name, array in _BUFFERS.items()}
             fixed |= {"use_cuda_graph": True} | ({} if kernel == "decode" else {"qo_indptr_buf": buffers["qo_indptr"]})
+        if kernel == _IN_LINE:
+            if buffers is not None:
+                own = {"qo_indptr_buf": buffers["qo_indptr"], "kv_indptr_buf": buffers["kv_page_indptr"]}
+                fixed = {"use_cuda_graph": True} | own
+            return flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, layout, backend="fa3", **fixed)
         if kernel not in ("decode", "short"):
             return flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, layout, backend=kernel, **fixed)
         if kernel == "short" or self._is_small_group:
@@ -235,6 +251,8 @@ class WrapperSet:
         # Lists of pages are split for at most two blocks a multiprocessor; each keeps a tile of float32 results.
         most = 2 * self.num_processors // num_kv_heads + 1
         num_tiles = max(packed // tile + num_groups, most)
+        if fixed and call.kernel == "decode" and self.options(call):
+            return _LEAST_FLOAT_WORKSPACE, 16 * num_tiles + 8 * (num_rows + num_groups) + 4096
         float_size = self.num_qo_heads * (num_tiles if fixed else most) * tile * (self.manager.head_dim + 1) * 4
         return max(float_size, _LEAST_FLOAT_WORKSPACE), 16 * num_tiles + 8 * (num_rows + num_groups) + 4096
 

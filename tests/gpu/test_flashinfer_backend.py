@@ -16,7 +16,7 @@ from seqattn.device import Device
 from seqattn.errors import SeqAttnError, TensorError
 from seqattn.packed import FlashInferHybridData, FlashInferPackedData
 from tests.gpu.batches import MOST_ERROR, Case, attend, fill, hybrid, plain, random_batch, relative_error
-from tests.seqattn.truth import Batch, int32
+from tests.seqattn.truth import Batch, batch_of, int32
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
@@ -87,6 +87,38 @@ def test_every_way_to_compute_a_level_is_right(kernel: str, slices: int, overlap
     plan = plan_batch(manager, data, None, causal=True)
     choices = [Choice(kernel, slices)] * (len(plan.levels) - 1)  # type: ignore[arg-type]
     attention._prepared = impl.prepare(plan, [*choices, Choice("decode")])  # type: ignore[call-arg]
+    for layer in range(2):
+        check(attention, batch, generator, layer=layer)
+
+
+def in_line(num_shared: int, page_size: int) -> tuple[Batch, list[int]]:
+    """70 sequences on pages that lie side by side, and the pages behind these, which are nobody's."""
+    shared, behind = list(range(3, 3 + num_shared)), list(range(3 + num_shared, 10 + num_shared))
+    tables = [[*shared, behind[-1] + 1 + i] for i in range(70)]
+    return batch_of(tables, [1 + i % page_size for i in range(70)], page_size, [1] * 70), behind
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3])
+@pytest.mark.parametrize(
+    "case",
+    [Case(*heads, 128, 16, torch.bfloat16, layout) for heads in HEADS for layout in ("NHD", "HND")]
+    + [Case(32, 8, 128, 64, torch.bfloat16)],
+    ids=str,
+)
+def test_pages_side_by_side_are_read_and_nothing_behind_them(case: Case, slices: int) -> None:
+    batch, behind = in_line(7 + 2048 // case.page_size, case.page_size)
+    manager = case.manager(batch, num_layers=2)
+    generator = fill(manager, 0)
+    for cache in manager.get_memory_tensors():
+        cache[:, behind] = float("nan")
+        cache[:, :3] = float("nan")
+    attention = PagedAttention(manager, case.num_qo_heads)
+    plan = plan_batch(manager, hybrid(batch), None, causal=True)
+    attention.plan(hybrid(batch))
+    choices = [Choice("fa3", slices), Choice("decode")]
+    attention._prepared = attention._impl.prepare(plan, choices)  # type: ignore[call-arg]
+    is_long = 2048 // slices >= 512
+    assert (attention._prepared.work.calls[0].span is not None) == (case.kv_layout == "NHD" and is_long)
     for layer in range(2):
         check(attention, batch, generator, layer=layer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,11 @@ from seqattn.attention.bound import BoundRun
 class Wrapper:
     """Passes on to a kernel what a wrapper of flashinfer does: buffers, a plan, five tensors, more."""
 
-    def __init__(self, *, by_name: bool = False, twice: bool = False, copies: bool = False) -> None:
+    def __init__(self, *, by_name: bool = False, twice: bool = False, copies: bool = False, two: bool = False) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.num_runs = 0
         self.how = (by_name, twice, copies)
+        self.takes_two = two
         self._cached_module: Any = SimpleNamespace(run=self.kernel, scale=2)
 
     def kernel(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401  anything
@@ -26,13 +28,14 @@ class Wrapper:
     def run(
         self,
         q: torch.Tensor,
-        caches: tuple[torch.Tensor, torch.Tensor],
-        *,
+        *caches: Any,  # noqa: ANN401  a pair, or two
         out: torch.Tensor,
         lse: torch.Tensor | None = None,
         return_lse: bool = False,
     ) -> None:
         self.num_runs += 1
+        caches = caches if self.takes_two else caches[0]
+        assert len(caches) == 2
         by_name, twice, copies = self.how
         assert return_lse == (lse is not None)
         q = q.clone() if copies else q
@@ -47,7 +50,7 @@ def tensors(seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor],
 
 
 def run(wrapper: Wrapper, num_layers: int = 4, *, with_lse: bool = True) -> None:
-    bound, module = BoundRun(wrapper), wrapper._cached_module
+    bound, module = BoundRun(wrapper, takes_two=wrapper.takes_two), wrapper._cached_module
     for layer in range(num_layers):
         q, caches, out, lse = tensors(layer)
         bound(q, caches, out, lse if with_lse else None)
@@ -58,8 +61,8 @@ def run(wrapper: Wrapper, num_layers: int = 4, *, with_lse: bool = True) -> None
 
 
 def test_only_the_first_layer_goes_through_the_wrapper() -> None:
-    for with_lse in (False, True):
-        wrapper = Wrapper()
+    for with_lse, two in product((False, True), repeat=2):
+        wrapper = Wrapper(two=two)
         run(wrapper, with_lse=with_lse)
         assert wrapper.num_runs == 1
         assert len(wrapper.calls) == 4

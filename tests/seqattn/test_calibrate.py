@@ -13,6 +13,8 @@ import torch
 from attrs import evolve
 
 from seqattn import __main__ as command_line
+from seqattn.attention.plan import plan_batch
+from seqattn.cache import PagedKVCacheManager
 from seqattn.calibrate import CalibrationBatch, Shape, calibrate, calibration_shapes, lasting, measure
 from seqattn.constants import Chip, load_constants, path_of, save_constants
 from seqattn.cuda_steps import CudaSteps
@@ -116,6 +118,22 @@ def test_a_batch_is_what_its_shape_says() -> None:
     names = {(tuple(kept), tuple(slices)) for kept, slices in batch.ways(has_fa3=True)}
     assert len(names) == 1 + 2 * 6 + 25, "plain, each depth alone, and both"
     assert {slices for _, slices in ((k, tuple(s)) for k, s in batch.ways(has_fa3=False))} == {(), (0,), (0, 0)}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "shape", [Shape(8, 1, 64, 1, 0, 48), Shape(16, 1, 64, 2, 32, 48), Shape(16, 2, 64, 2, 32, 48)], ids=str
+)
+def test_levels_are_in_line_where_their_pages_are(shape: Shape, seed: int) -> None:
+    batch = CalibrationBatch(shape, seed=seed)
+    manager = PagedKVCacheManager(shape.num_tokens // 16, 16, 1, 8, torch.float32, "cpu")
+    found = []
+    for kept, _ in batch.ways(has_fa3=False):
+        data = pack_runs(batch.tables, batch.lens, np.ones_like(batch.lens), batch.forest, kept, page_size=16)
+        shared = plan_batch(manager, data, None, causal=True).levels[:-1]
+        assert [level.in_line for level in batch.levels(kept)[:-1]] == [level.in_line for level in shared]
+        found += [level.in_line for level in shared]
+    assert any(found) == (seed == 1 and shape.systems == 1)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqattn.append import sent, side_by_side
 from seqattn.attention.calls import Choice, KernelCall, Work, is_next, next_work, work_of
 from seqattn.attention.choice import choose
 from seqattn.attention.flashinfer_backend import FlashInferBackend
+from seqattn.attention.layers import LayerViews
 from seqattn.attention.plan import BatchPlan, Planner, plan_batch
 from seqattn.attention.torch_backend import merge_states
-from seqattn.attention.wrappers import WrapperSet
 from seqattn.cache import PagedKVCacheManager
 from seqattn.device import Device, Groups, Heads
 from seqattn.hybrid import pack_hybrid
@@ -47,10 +47,20 @@ def gathered(work: Work, q: torch.Tensor) -> torch.Tensor:
 def computed(
     call: KernelCall, q: torch.Tensor, manager: PagedKVCacheManager, page_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A kernel: groups of rows over lists of pages, each KV head for as many query heads as the rows have."""
+    """A kernel: groups of rows over lists of pages, each KV head for as many query heads as the rows have.
+
+    A call with a span knows no lists: where its tokens begin and end in the array is all that it is told.
+    """
     heads = NUM_KV_HEADS if call.by_group else q.shape[1]
-    tables = np.split(call.kv_page_indices, call.kv_page_indptr[1:-1])
-    tokens = [(len(t) - 1) * page_size + n for t, n in zip(tables, call.kv_last_page_len.tolist(), strict=True)]
+    pages, last = call.kv_page_indices, call.kv_last_page_len.tolist()
+    if call.span is not None:
+        pages = np.arange(call.span[0], sum(call.span), dtype=np.int32)
+        if len(pages) < call.kv_page_indptr[-1]:  # padding, behind the end: whatever it is, nobody reads its results
+            pages = np.concatenate((pages, call.kv_page_indices[len(pages) :]))
+        else:
+            last = [page_size] * len(last)
+    tables = np.split(pages, call.kv_page_indptr[1:-1])
+    tokens = [(len(t) - 1) * page_size + n for t, n in zip(tables, last, strict=True)]
     batch = Batch(page_size, tables, tokens, np.diff(call.qo_indptr).tolist())
     found = dense_attention(manager, batch, q.reshape(-1, heads, HEAD_DIM), causal=call.causal)
     return found.out.view(-1, q.shape[1], HEAD_DIM), found.lse.view(-1, q.shape[1])
@@ -119,6 +129,19 @@ def test_calls_and_codes_are_dense_attention(batch: Batch, causal: bool, data: s
     check(plan, choices, manager, batch, causal)
 
 
+def test_the_lengths_of_a_call_are_those_of_its_lists() -> None:
+    call = work_of_own(2, 1, 3)
+    assert call.lens(16).tolist() == [32, 16, 48]
+    assert call.lens(16).dtype == np.int32
+
+
+def work_of_own(*num_own: int) -> KernelCall:
+    """The last call of sequences with so many pages of their own."""
+    manager = PagedKVCacheManager(64, 16, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
+    plan = plan_of(decoding(*num_own), manager)
+    return work_of(plan, [Choice("fa2"), Choice("decode")], HEADS_EACH, 16).calls[-1]
+
+
 def test_the_picture_of_the_calls() -> None:
     batch = batch_of([[0, 1, 2, 3, 4, 5 + i] for i in range(3)], [2] * 3, 4, [1] * 3)
     manager = PagedKVCacheManager(8, 4, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
@@ -130,6 +153,57 @@ def test_the_picture_of_the_calls() -> None:
     assert (shared.first_query, shared.first_part, own.first_query, own.first_part) == (0, 0, None, 6)
     assert work.part_indptr.tolist() == [0, 3, 6, 9]
     assert work.part_codes.tolist() == [1, 7, 12, 3, 9, 14, 5, 11, 16]
+
+
+def in_line(*prefix: int, num_sequences: int = 3, page_size: int = 256, last: int | None = None) -> Work:
+    """Sequences that share these pages, in two slices of fa3; checked to be dense attention."""
+    own = [[900 + i] for i in range(num_sequences)]
+    batch = batch_of([[*prefix, *pages] for pages in own], [last or 7] * num_sequences, page_size, [1] * num_sequences)
+    manager = PagedKVCacheManager(1000, page_size, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
+    fill(manager, batch, 0)
+    plan, choices = plan_of(batch, manager), [Choice("fa3", 2), Choice("decode")]
+    work = work_of(plan, choices, HEADS_EACH, page_size, has_spans=True)
+    check(plan, choices, manager, batch, True, work=work)
+    assert work_of(plan, choices, HEADS_EACH, page_size).calls[0].span is None, "not in every layout"
+    return work
+
+
+def test_a_list_of_pages_side_by_side_is_read_as_one_array() -> None:
+    call = in_line(5, 6, 7, 8, 9).calls[0]
+    assert call.span == (5, 5)
+    assert call.kind == ("fa3 in line", True)
+    assert call.kv_page_indptr.tolist() == [0, 2, 5]
+    assert in_line(*range(40, 48), page_size=128).calls[0].span == (40, 8)
+
+
+def test_other_lists_are_read_page_by_page() -> None:
+    for prefix in ((5, 6, 7, 9, 10), (9, 8, 7, 6, 5), (5, 6, 8, 7, 9), (0, 2, 4, 6, 8)):
+        assert in_line(*prefix).calls[0].span is None
+    assert in_line(*range(5, 12), page_size=16).calls[0].span is None, "slices too short to be worth it"
+
+
+def test_several_lists_are_read_page_by_page() -> None:
+    """Behind the end of a list lies what belongs to others, and may hold NaN."""
+    tables = [[*range(8), 20], [*range(8), 21], [*range(8, 16), 22], [*range(8, 16), 23]]
+    batch = batch_of(tables, [256] * 4, 256, [1] * 4)
+    manager = PagedKVCacheManager(24, 256, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
+    plan = plan_of(batch, manager)
+    work = work_of(plan, [Choice("fa3", 2), Choice("decode")], HEADS_EACH, 256, has_spans=True)
+    assert work.calls[0].span is None
+
+
+def test_tokens_in_line_are_known_to_the_planner() -> None:
+    batch = batch_of([[*range(40), 50 + i] for i in range(8)], [16] * 8, 16, [1] * 8)
+    manager = PagedKVCacheManager(64, 16, 8, HEAD_DIM, torch.float32, "cpu")
+    seen: list[bool] = []
+
+    def slices_of(shared: Sequence[Groups], _: Groups) -> list[int]:
+        seen.append(shared[0].in_line)
+        return [1]
+
+    for has_spans in (True, False):
+        choose(plan_of(batch, manager), slices_of, 16, has_fa3=True, has_spans=has_spans)
+    assert seen == [True, False]
 
 
 def test_a_plain_batch_is_one_call_without_gathering() -> None:
@@ -154,47 +228,11 @@ def test_the_last_level_is_computed_by_its_rows(rows: int, kernel: str) -> None:
     assert "fa3" not in {choice.kernel for choice in without_fa3}
 
 
-def test_staged_arrays_are_aligned_and_kept() -> None:
-    manager = PagedKVCacheManager(4, 16, 1, 4, torch.float32, "cpu")
-    wrappers = WrapperSet(manager, 1, 132, {})
-    arrays = [np.arange(n, dtype=np.int32) for n in (3, 0, 9, 5)]
-    for _ in range(2):
-        sent, kept = wrappers.stage(arrays[:2], arrays[2:])
-        assert [t.tolist() for t in (*sent, *kept)] == [a.tolist() for a in arrays]
-        assert all(t.data_ptr() % 16 == 0 for t in (*sent, *kept) if len(t))
-
-
-def test_workspaces_are_large_enough_for_what_is_planned() -> None:
-    """Against flashinfer's own formulas: two blocks a multiprocessor, a tile of float32 each; 7 numbers for a tile."""
-    manager = PagedKVCacheManager(4, 16, 8, 128, torch.bfloat16, "cpu")
-    wrappers = WrapperSet(manager, 64, 132, {})
-
-    def call(kernel: Any, *rows: int) -> KernelCall:  # noqa: ANN401  a literal
-        indptr = np.cumsum([0, *rows], dtype=np.int32)
-        none = np.zeros(len(rows) + 1, dtype=np.int32)
-        return KernelCall(
-            kernel,
-            indptr,
-            none,
-            none,
-            none[:-1],
-            causal=False,
-            by_group=False,
-            first_query=None,
-            first_part=0,
-            num_rows=sum(rows),
-        )
-
-    padded = 2 * 132 // 8
-    assert wrappers._workspace_sizes(call("fa2", 300))[0] >= 64 * padded * 128 * (128 + 1) * 4
-    assert wrappers._workspace_sizes(call("fa2", *[100] * 900))[1] >= 12 * 900 * 7
-    assert wrappers._workspace_sizes(call("fa3", *[8192] * 64))[1] >= 28 * 64 * 64 * 64
-
-
-def decoding(num_own: int) -> Batch:
-    """Four sequences on 20 pages, with so many pages of their own."""
-    tables = [[*range(20), *range(20 + num_own * i, 20 + num_own * (i + 1))] for i in range(4)]
-    return batch_of(tables, [16] * 4, 16, [1] * 4)
+def decoding(*num_own: int) -> Batch:
+    """Sequences on 20 pages, with so many pages of their own."""
+    ends = np.cumsum((20, *num_own)).tolist()
+    tables = [[*range(20), *range(begin, end)] for begin, end in pairwise(ends)]
+    return batch_of(tables, [16] * len(num_own), 16, [1] * len(num_own))
 
 
 def test_a_step_that_follows_needs_nothing_of_the_tensors_of_the_step_before() -> None:
@@ -202,7 +240,8 @@ def test_a_step_that_follows_needs_nothing_of_the_tensors_of_the_step_before() -
     manager = PagedKVCacheManager(64, 16, 8, 4, torch.float32, "cpu")
     planner, choices = Planner(manager), [Choice("fa2"), Choice("decode")]
     data = [
-        pack_hybrid(b.tables, b.num_tokens, page_size=16, query_lens=None, cost_model=None) for b in [decoding(2)] * 2
+        pack_hybrid(b.tables, b.num_tokens, page_size=16, query_lens=None, cost_model=None)
+        for b in [decoding(2, 2, 2, 2)] * 2
     ]
     first = planner.plan(data[0], None, causal=True)
     work = work_of(first, choices, 4, 16)
@@ -213,51 +252,26 @@ def test_a_step_that_follows_needs_nothing_of_the_tensors_of_the_step_before() -
     assert next_work(work, second).calls[-1].qo_indptr.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_ways_are_chosen_anew_when_sequences_have_grown() -> None:
+def test_ways_are_chosen_anew_when_sequences_have_grown_or_one_is_much_longer() -> None:
     manager = PagedKVCacheManager(200, 16, 8, 128, torch.bfloat16, "cpu")
     backend: Any = object.__new__(FlashInferBackend)  # without what needs a device
     backend.manager, backend.heads_each, backend.heads = manager, 4, Heads()
-    backend._known, backend._last_slices = None, (b"", [])
+    backend._known, backend._last_slices, backend.layers = None, (b"", []), LayerViews(manager)
     asked = []
 
     class Costs:
         has_fa3 = True
 
         def best(self, shared: Sequence[Groups], _: Heads, last: Groups) -> tuple[float, list[int]]:
-            asked.append(int(last.tokens[0]))
+            asked.append(int(last.tokens.max()))
             return 0.0, [1 + len(asked) % 2] * len(shared)
 
     backend.costs = Costs()
     planner, slices = Planner(manager), []
-    for num_own in (2, 3, 4, 20):
-        batch = decoding(num_own)
+    for num_own in ((2, 2, 2, 2), (3, 3, 3, 3), (4, 4, 4, 4), (20, 20, 20, 20), (70, 4, 3, 3), (71, 3, 3, 3)):
+        batch = decoding(*num_own)
         data = pack_hybrid(batch.tables, batch.num_tokens, page_size=16, query_lens=None, cost_model=None)
         work = backend.work(planner.plan(data, None, causal=True))
         slices.append(len(work.calls[0].kv_last_page_len))
-    assert asked == [32, 64, 320]
-    assert slices == [2, 2, 1, 2]
-
-
-@pytest.mark.parametrize("first", [0, 1, 3, 8])
-def test_rows_at_an_odd_place_in_memory_are_copied(first: int) -> None:
-    """They are contiguous, but kernels load 16 bytes at a time."""
-    memory = torch.arange(2 * 3 * 64 + 8, dtype=torch.float16)
-    rows = memory[first : first + 2 * 3 * 64].view(2, 3, 64)
-    found = side_by_side(rows)
-    assert found.data_ptr() % 16 == 0
-    assert found.is_contiguous()
-    assert torch.equal(found, rows)
-    assert (found is rows) == (first % 8 == 0)
-
-
-def test_rows_whose_heads_lie_apart_are_copied_only_where_they_must() -> None:
-    fused = torch.randn(4, 12, 64).half()
-    assert side_by_side(fused[:, 4:8]).data_ptr() == fused[:, 4:8].data_ptr()
-    for rows in (fused.transpose(1, 2), fused[..., ::2], torch.randn(4, 3, 65).half()[..., :64]):
-        found = side_by_side(rows)
-        assert found.is_contiguous()
-        assert torch.equal(found, rows)
-
-
-def test_arrays_are_sent_as_they_are() -> None:
-    assert sent(np.arange(5, dtype=np.int32), torch.device("cpu")).tolist() == [0, 1, 2, 3, 4]
+    assert asked == [32, 64, 320, 1120]
+    assert slices == [2, 2, 1, 2, 1, 1]

@@ -63,7 +63,7 @@ def change(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 1}, "format 1, not 3"),
+        ({"format": 1}, "format 1, not 4"),
         ({"device": "Another"}, "for device 'Another'"),
         ({"constants": None}, "make no sense"),
         ({"constants": {"plain_us": 1.0}}, "make no sense"),

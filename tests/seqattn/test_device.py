@@ -96,6 +96,16 @@ def test_tokens_that_are_read_again_cost_less() -> None:
     assert Device().step_us([twice], HEADS) < Device().step_us([once], HEADS)
 
 
+def test_tokens_in_line_have_a_kernel_of_their_own_where_slices_are_long() -> None:
+    line = evolve(groups((64, 4096)), in_line=True)
+    found, _ = loads_of(Cut.of([line, groups((64, 4096)), OWN]), HEADS, 132, SLICES)
+    assert found.kernel[0, 1:].tolist() == [5 if 4096 // n >= 512 else 3 for n in SLICES.tolist()]
+    assert found.kernel[1, 1:].tolist() == [3] * len(SLICES)
+    device = evolve(Device(), fa3_in_line=evolve(Device().fa3_in_line, token_ns=1.0))
+    top = groups((256, 32768))
+    assert device.best([evolve(top, in_line=True)], HEADS, OWN)[0] < 0.6 * device.best([top], HEADS, OWN)[0]
+
+
 def test_without_fa3_every_shared_level_is_fa2() -> None:
     device = Device(has_fa3=False)
     assert device.best([groups((256, 8192)), groups((8, 512), (8, 512))], HEADS)[1] == [0, 0]

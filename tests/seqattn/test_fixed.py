@@ -123,6 +123,30 @@ def test_small_groups_of_fa2_are_planned_once_for_what_they_are() -> None:
     assert step(shared(5, (6, 7, 8, 9, 5)), ways).form(8) != first.form(8)
 
 
+def in_line(first: int, num_sequences: int = 5) -> Step:
+    """Sequences on three long pages that lie side by side."""
+    tables = [[*range(first, first + 3), 20 + i] for i in range(num_sequences)]
+    batch = batch_of(tables, [2] * num_sequences, 512, [1] * num_sequences)
+    manager = manager_of(batch)
+    data = pack_hybrid(batch.tables, batch.num_tokens, page_size=512, query_lens=None, cost_model=None)
+    plan = plan_batch(manager, data, None, causal=True)
+    work = work_of(plan, [Choice("fa3", 2), Choice("decode")], HEADS_EACH, 512, has_spans=True)
+    assert work.calls[0].span == (first, 3)
+    return Step(batch, plan, work)
+
+
+def test_a_graph_holds_where_an_array_lies() -> None:
+    """Sequences may come and go; another place in memory is another form."""
+    first = in_line(3)
+    assert in_line(3, 7).form(8) == first.form(8)
+    assert in_line(4).form(8) != first.form(8)
+    call = padded(first.work, first.form(8), HEADS_EACH).calls[0]
+    assert call.span == (3, 3)
+    assert call.qo_indptr.tolist() == [n * HEADS_EACH for n in (0, 5, 10, 16, 16)]
+    assert call.kv_page_indptr.tolist() == [0, 1, 3, 4, 5], "padding reads behind the end of the array: zeros"
+    check_padded(padded(first.work, first.form(8), HEADS_EACH), first.plan, manager_of(first.batch), first.batch, 3)
+
+
 def test_large_groups_of_fa2_are_padded() -> None:
     call = step(shared(40), [Choice("fa2"), Choice("decode")]).form(40).calls[0]
     assert not call.tables

@@ -1,0 +1,150 @@
+"""Wrappers and the memory that they are given: staged, sized, kept while it is copied; flashinfer is stood in for."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from seqattn.append import sent, side_by_side
+from seqattn.attention.calls import KernelCall
+from seqattn.attention.layers import LayerViews
+from seqattn.attention.wrappers import Wrapper, WrapperSet
+from seqattn.cache import PagedKVCacheManager
+from seqattn.errors import LengthError
+from tests.seqattn.test_calls import HEAD_DIM, NUM_KV_HEADS, in_line
+
+
+def test_staged_arrays_are_aligned_and_kept() -> None:
+    manager = PagedKVCacheManager(4, 16, 1, 4, torch.float32, "cpu")
+    wrappers = WrapperSet(manager, 1, 132, {})
+    arrays = [np.arange(n, dtype=np.int32) for n in (3, 0, 9, 5)]
+    for _ in range(2):
+        sent, kept = wrappers.stage(arrays[:2], arrays[2:])
+        assert [t.tolist() for t in (*sent, *kept)] == [a.tolist() for a in arrays]
+        assert all(t.data_ptr() % 16 == 0 for t in (*sent, *kept) if len(t))
+
+
+def test_workspaces_are_large_enough_for_what_is_planned() -> None:
+    """Against flashinfer's own formulas: two blocks a multiprocessor, a tile of float32 each; 7 numbers for a tile."""
+    manager = PagedKVCacheManager(4, 16, 8, 128, torch.bfloat16, "cpu")
+    wrappers = WrapperSet(manager, 64, 132, {})
+
+    def call(kernel: Any, *rows: int) -> KernelCall:  # noqa: ANN401  a literal
+        indptr = np.cumsum([0, *rows], dtype=np.int32)
+        none = np.zeros(len(rows) + 1, dtype=np.int32)
+        return KernelCall(
+            kernel,
+            indptr,
+            none,
+            none,
+            none[:-1],
+            causal=False,
+            by_group=False,
+            first_query=None,
+            first_part=0,
+            num_rows=sum(rows),
+        )
+
+    padded = 2 * 132 // 8
+    assert wrappers._workspace_sizes(call("fa2", 300))[0] >= 64 * padded * 128 * (128 + 1) * 4
+    assert wrappers._workspace_sizes(call("fa2", *[100] * 900))[1] >= 12 * 900 * 7
+    assert wrappers._workspace_sizes(call("fa3", *[8192] * 64))[1] >= 28 * 64 * 64 * 64
+
+
+def test_a_graph_that_splits_no_lists_has_no_memory_for_their_parts() -> None:
+    manager = PagedKVCacheManager(4, 16, 8, 128, torch.bfloat16, "cpu")
+    wrappers = WrapperSet(manager, 32, 132, {})
+
+    def sizes(num_sequences: int) -> tuple[int, int]:
+        indptr = np.arange(num_sequences + 1, dtype=np.int32)
+        call = KernelCall("decode", indptr, indptr, indptr, indptr[1:], True, False, None, 0, num_sequences)
+        assert bool(wrappers.options(call)) == (num_sequences >= 2 * 132 // 8)
+        return wrappers._workspace_sizes(call, fixed=True)
+
+    assert sizes(256)[0] == sizes(2048)[0] == 32 << 20
+    wide = WrapperSet(PagedKVCacheManager(4, 16, 1, 256, torch.bfloat16, "cpu"), 16, 132, {})
+    indptr = np.arange(17, dtype=np.int32)
+    call = KernelCall("decode", indptr, indptr, indptr, indptr[1:], True, False, None, 0, 16)
+    assert wide._workspace_sizes(call, fixed=True)[0] >= 16 * 264 * 16 * 257 * 4, "where lists are split there is some"
+
+
+class FakeEvent:
+    """Notes what it is asked."""
+
+    log: ClassVar[list[str]] = []
+
+    def record(self, _: object) -> None:
+        self.log.append("record")
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+
+
+def test_pinned_memory_is_kept_until_its_copies_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies that torch does not know of: who drops a set of wrappers waits for them."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(FakeEvent, "log", [])
+    wrappers = WrapperSet(PagedKVCacheManager(4, 16, 8, 128, torch.bfloat16, "cpu"), 32, 132, {})
+    for _ in range(2):
+        with wrappers.in_use():
+            pass
+    assert FakeEvent.log == ["record", "wait", "record"]
+    del wrappers
+    assert FakeEvent.log[3:] == ["wait"]
+
+
+def test_a_call_that_was_planned_for_is_known_by_itself_the_next_time() -> None:
+    first, second = (in_line(5, 6, 7, 8, 9).calls[0] for _ in range(2))
+    wrapper = Wrapper(object(), 0, 0)
+    wrapper.done(first)
+    assert wrapper.is_planned_for(first)
+    assert wrapper.is_planned_for(second)
+    assert wrapper.call is second
+    assert not wrapper.is_planned_for(in_line(6, 7, 8, 9, 10).calls[0])
+
+
+def test_pages_side_by_side_are_an_array_of_the_memory_that_the_manager_has() -> None:
+    manager = PagedKVCacheManager(9, 4, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu", num_layers=2)
+    views = LayerViews(manager)
+    for _ in range(2):
+        for layer in range(2):
+            pages, arrays = views.pages(layer), views.span(layer, (3, 4))
+            for cache, array in zip(pages, arrays, strict=True):
+                assert array.shape == (16, NUM_KV_HEADS, HEAD_DIM)
+                assert array.data_ptr() == cache[3].data_ptr()
+            assert views.span(layer, (3, 4)) is arrays
+        manager.key_cache = manager.key_cache.clone()  # who moves the memory is followed
+    for first in range(70):
+        views.span(0, (first % 5, 1 + first // 20))
+    assert len(views._spans[0]) <= 64
+    with pytest.raises(LengthError):
+        views.pages(2)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 8])
+def test_rows_at_an_odd_place_in_memory_are_copied(first: int) -> None:
+    """They are contiguous, but kernels load 16 bytes at a time."""
+    memory = torch.arange(2 * 3 * 64 + 8, dtype=torch.float16)
+    rows = memory[first : first + 2 * 3 * 64].view(2, 3, 64)
+    found = side_by_side(rows)
+    assert found.data_ptr() % 16 == 0
+    assert found.is_contiguous()
+    assert torch.equal(found, rows)
+    assert (found is rows) == (first % 8 == 0)
+
+
+def test_rows_whose_heads_lie_apart_are_copied_only_where_they_must() -> None:
+    fused = torch.randn(4, 12, 64).half()
+    assert side_by_side(fused[:, 4:8]).data_ptr() == fused[:, 4:8].data_ptr()
+    for rows in (fused.transpose(1, 2), fused[..., ::2], torch.randn(4, 3, 65).half()[..., :64]):
+        found = side_by_side(rows)
+        assert found.is_contiguous()
+        assert torch.equal(found, rows)
+
+
+def test_arrays_are_sent_as_they_are() -> None:
+    assert sent(np.arange(5, dtype=np.int32), torch.device("cpu")).tolist() == [0, 1, 2, 3, 4]
