@@ -1,21 +1,20 @@
 """The fastest levels of a forest whose runs are alike: what `Device.choose` says, with Python's numbers.
 
 One prefix for all, or prompts of one length with documents of one length: most batches are of this kind. Their few
-calls are counted one by one, many times faster than by numpy's functions; only pairs of calls are many.
+calls are counted one by one, many times faster than by numpy's functions.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from seqattn.load import FA3, fa3_load, makes_sense, one_fa2_load, slices_for
-from seqattn.steps import ARRAYS, NUMBERS, body_of, step_us
+from seqattn.steps import NUMBERS, body_of, step_us
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     import numpy.typing as npt
 
     from seqattn.device import Device
@@ -55,7 +54,7 @@ class AlikeSteps:
     def best(self, choices: Sequence[Sequence[int]]) -> int:
         """Which of these sets of depths to keep, none the first, of at most two depths each.
 
-        Cost: some two microseconds for each way to compute a call, and 60 for all pairs of two levels.
+        Cost: some two microseconds for each way to compute a call, five for two of them together.
         """
         return self.device.choose_by([self.least_us(kept) for kept in choices], [len(kept) for kept in choices])
 
@@ -67,9 +66,27 @@ class AlikeSteps:
         top = self._level(0, kept[0])
         if len(kept) == 1:
             return min(float(step_us(self.device, call, None, last, NUMBERS)) for call in top)
-        # So many pairs that numpy's functions, all pairs at once, are faster.
-        lower = np.array(self._level(kept[0] + 1, kept[1])).T
-        return float(step_us(self.device, np.array(top).T[:, :, None], lower[:, None], last, ARRAYS).min())
+        return self._least_of_pairs(top, self._level(kept[0] + 1, kept[1]), last)
+
+    def _least_of_pairs(self, top: list[Body], lower: list[Body], last: Body) -> float:
+        """The least time of two shared levels; the pairs that could be short come first.
+
+        No step is shorter than either call, nor than the last one with what the others split, with all that is merged.
+        """
+        device = self.device
+        always = device.start_us + 2 * device.level_us + last[5]
+        behind = last[0] + last[1] + device.last_us
+        pairs = []
+        for i, a in enumerate(top):
+            for j, b in enumerate(lower):
+                longest = max(a[0] + a[1], b[0] + b[1], behind + a[1] + b[1])
+                pairs.append((longest + a[5] + b[5] + device.gather_us * max(a[6], b[6]) + always, i, j))
+        least = float("inf")
+        for at_least, i, j in sorted(pairs):
+            if at_least >= least:
+                break
+            least = min(least, step_us(device, top[i], lower[j], last, NUMBERS))
+        return least
 
     def _level(self, begin: int, depth: int) -> list[Body]:
         """The calls for a level of all runs of a depth, which read what depths from `begin` on have as well."""
