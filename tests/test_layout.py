@@ -52,7 +52,7 @@ ORDER = [
     "seqattn/attention/choice.py",
     "seqattn/attention/bound.py",
     "seqattn/attention/wrappers.py",
-    "seqattn/attention/layers.py",
+    "seqattn/attention/views.py",
     "seqattn/attention/prepared.py",
     "seqattn/attention/streams.py",
     "seqattn/attention/flashinfer_backend.py",

@@ -33,7 +33,7 @@ import torch
 from seqattn.append import side_by_side
 from seqattn.attention.calls import KernelCall, Work, is_next, next_work, work_of
 from seqattn.attention.choice import choose, own_of, what_matters
-from seqattn.attention.layers import LayerViews
+from seqattn.attention.views import LayerViews
 from seqattn.attention.prepared import Form, Prepared, Scratch, scratch_for
 from seqattn.attention.streams import Streams
 from seqattn.attention.wrappers import Wrapper, WrapperSet

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from seqattn.attention.calls import Choice, KernelCall, Work, is_next, next_work, work_of
 from seqattn.attention.choice import choose
 from seqattn.attention.flashinfer_backend import FlashInferBackend
-from seqattn.attention.layers import LayerViews
+from seqattn.attention.views import LayerViews
 from seqattn.attention.plan import BatchPlan, Planner, plan_batch
 from seqattn.attention.torch_backend import merge_states
 from seqattn.cache import PagedKVCacheManager

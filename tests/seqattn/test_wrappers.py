@@ -10,7 +10,7 @@ import torch
 
 from seqattn.append import sent, side_by_side
 from seqattn.attention.calls import KernelCall
-from seqattn.attention.layers import LayerViews
+from seqattn.attention.views import LayerViews
 from seqattn.attention.wrappers import Wrapper, WrapperSet
 from seqattn.cache import PagedKVCacheManager
 from seqattn.errors import LengthError
