@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_chat --out DIR [--trace conversation_trace.jsonl.gz] [--only agree host decode …] [--tiny]
 
 first    time to the first token of a new message after 8k and 32k cached tokens, and of the same prompt cold
-decode   tokens per second of 64 conversations on one 8k system prompt: hybrid and plain packing, also in CUDA graphs
+decode   tokens per second of 64 conversations on one 8k system prompt: hybrid and plain packing, without CUDA graphs,
+         with graphs of each layer's attention, and with one graph of a whole step
 static   the same by transformers' `generate` with a static cache, eager; `compiled` lets it compile its decoding
 agree    hybrid and plain packing on the same state, step by step: how often the greedy token is the same, and by how
          many bfloat16 steps the two best logits are apart where it is not
@@ -26,7 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +42,10 @@ from radix.integrations.transformers.runner import Packing
 
 Row = dict[str, Any]
 PAGE_SIZE = 16
-#: packing, and whether decoding is captured in CUDA graphs
-VARIANTS: list[tuple[Packing, bool]] = [("plain", False), ("hybrid", False), ("plain", True), ("hybrid", True)]
+#: packing, and what of a decode step is captured in CUDA graphs
+VARIANTS: list[tuple[Packing, str]] = [
+    (packing, graphs) for graphs in ("none", "attention", "step") for packing in ("plain", "hybrid")
+]
 
 
 class Sizes(NamedTuple):
@@ -81,7 +84,11 @@ class Work:
         return ids
 
     def engine(
-        self, num_pages: int, packing: Packing = "hybrid", max_requests: int = 64, graph_sizes: Sequence[int] = ()
+        self,
+        num_pages: int,
+        packing: Packing = "hybrid",
+        max_requests: int = 64,
+        graph_sizes: Sequence[int] | Literal["auto"] | None = "auto",
     ) -> Engine:
         """An engine over a new cache."""
         cache = PrefixCache(manager_for(self.model, num_pages=num_pages, page_size=PAGE_SIZE))
@@ -96,11 +103,12 @@ class Work:
             graph_sizes=graph_sizes,
         )
 
-    def batch_engine(self, packing: Packing, *, in_graph: bool = False) -> tuple[Engine, list[Request]]:
-        """Conversations that share a system prompt and have just got their first token."""
+    def batch_engine(self, packing: Packing, graphs: str = "none") -> tuple[Engine, list[Request]]:
+        """Conversations that share a system prompt and have just got their first token; `graphs` as in `VARIANTS`."""
         sizes = self.sizes
         own = -(-(sizes.message + 2 * sizes.steps + 64) // PAGE_SIZE)
-        num_pages, graph_sizes = sizes.system // PAGE_SIZE + sizes.batch * own + 8, (sizes.batch,) if in_graph else ()
+        num_pages = sizes.system // PAGE_SIZE + sizes.batch * own + 8
+        graph_sizes = {"none": None, "attention": (), "step": (sizes.batch,)}[graphs]
         engine = self.engine(num_pages, packing, sizes.batch, graph_sizes)
         system = self.tokens(sizes.system)
         engine.generate([system], max_new_tokens=1)
@@ -134,8 +142,8 @@ def first(work: Work) -> Iterator[Row]:
 
 def decode(work: Work) -> Iterator[Row]:
     """Tokens per second of the engine."""
-    for packing, in_graph in VARIANTS:
-        engine, _ = work.batch_engine(packing, in_graph=in_graph)
+    for packing, graphs in VARIANTS:
+        engine, _ = work.batch_engine(packing, graphs)
         with engine:
             for _ in range(8):
                 engine.step()
@@ -147,7 +155,7 @@ def decode(work: Work) -> Iterator[Row]:
         rate = work.sizes.batch * work.sizes.steps / seconds
         yield {
             "packing": packing,
-            "in_graph": in_graph,
+            "graphs": graphs,
             "tokens_per_s": rate,
             "step_ms": seconds / work.sizes.steps * 1e3,
         }
@@ -205,10 +213,10 @@ def agree(work: Work) -> Iterator[Row]:
 
 def host(work: Work) -> Iterator[Row]:
     """What a decode step costs the CPU, part by part."""
-    for packing, in_graph in VARIANTS:
-        engine, _ = work.batch_engine(packing, in_graph=in_graph)
+    for packing, graphs in VARIANTS:
+        engine, _ = work.batch_engine(packing, graphs)
         with engine:
-            yield {"packing": packing, "in_graph": in_graph} | host_rows(engine, work.sizes.steps // 4 + 2)
+            yield {"packing": packing, "graphs": graphs} | host_rows(engine, work.sizes.steps // 4 + 2)
 
 
 def replay(work: Work) -> Iterator[Row]:

@@ -63,7 +63,7 @@ def test_the_parts_for_the_gpu_run_and_lose_no_page(
     assert agree["equal"] + agree["different"] == agree["tokens"]
     assert (replay["requests"], replay["finished"], replay["pages_lost"]) == (30, 30, 0)
     assert replay["cached_tokens"] == 20 * 32, "two pages of each prefix, for two of its three requests"
-    assert [(row["packing"], row["in_graph"]) for row in by_part["decode"]] == gpu_chat.VARIANTS
+    assert [(row["packing"], row["graphs"]) for row in by_part["decode"]] == gpu_chat.VARIANTS
     assert [row["cached"] for row in by_part["first"]] == list(gpu_chat.TINY.cached)
 
 
