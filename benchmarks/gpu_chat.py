@@ -6,8 +6,8 @@ first    time to the first token of a new message after 8k and 32k cached tokens
 decode   tokens per second of 64 conversations on one 8k system prompt: hybrid and plain packing, without CUDA graphs,
          with graphs of each layer's attention, and with one graph of a whole step
 static   the same by transformers' `generate` with a static cache, eager; `compiled` lets it compile its decoding
-agree    hybrid and plain packing on the same state, step by step: how often the greedy token is the same, and by how
-         many bfloat16 steps the two best logits are apart where it is not
+agree    ways to compute the same step: how often the greedy token is the same, by how many bfloat16 steps the two best
+         logits are apart where it is not, and how far each way is from float32 (`gpu_chat_ways`)
 host     microseconds of the CPU for each part of a decode step at batch 64, beside the model's forward with attention
          replaced by nothing; each part begins with the device idle
 replay   10,000 requests of a recorded trace, a page for each of its blocks; `check()` every 1,000 and at the end
@@ -33,9 +33,9 @@ import numpy as np
 import torch
 
 from benchmarks.chat_models import llama
-from benchmarks.gpu_chat_both import Both
 from benchmarks.gpu_chat_host import host_rows
 from benchmarks.gpu_chat_trace import prompts_of
+from benchmarks.gpu_chat_ways import Ways
 from radix import PrefixCache
 from radix.integrations.transformers import Engine, Request, manager_for
 from radix.integrations.transformers.runner import Packing
@@ -192,23 +192,14 @@ def compiled(work: Work) -> Iterator[Row]:
 
 
 def agree(work: Work) -> Iterator[Row]:
-    """Greedy tokens of hybrid and plain packing on the same state."""
+    """Greedy tokens of several ways on the same state, and how far each is from the truth."""
     engine, _ = work.batch_engine("hybrid")
     with engine:
-        both = Both(engine)
-        engine.runner = both  # type: ignore[assignment]
+        ways = Ways(engine)
+        engine.runner = ways  # type: ignore[assignment]
         for _ in range(work.sizes.steps):
             engine.step()
-    apart = sorted(both.apart)
-    yield {
-        "tokens": both.num_tokens,
-        "equal": both.num_equal,
-        "different": len(apart),
-        "apart_at_most_1_step": sum(a <= 1 for a in apart),
-        "apart_at_most_2_steps": sum(a <= 2 for a in apart),
-        "most_apart_steps": apart[-1] if apart else 0.0,
-        "largest_difference_of_a_logit_steps": max(both.differences, default=0.0),
-    }
+    yield from ways.rows()
 
 
 def host(work: Work) -> Iterator[Row]:

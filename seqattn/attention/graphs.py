@@ -183,11 +183,15 @@ class DecodeGraphs(Generic[Out]):
             seen = self._seen[key] = self._seen.pop(key, 0) + 1
             if len(self._seen) > self._max_graphs:
                 self._seen.popitem(last=False)
-            if seen < self._capture_after:
+            if seen < self._steps_before(form):
                 return None
             step = self._captured(form, work, places, inputs)
         self._steps.move_to_end(key)
         return step, work
+
+    def _steps_before(self, form: StepForm) -> int:  # noqa: ARG002  subclasses look at it
+        """Steps of a form that are seen before it is captured."""
+        return self._capture_after
 
     def _captured(self, form: StepForm, work: Work, places: Int32Array, inputs: Sequence[torch.Tensor]) -> CapturedStep:
         if self._on is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -81,9 +82,10 @@ def expect_logits_of(
     with engine_of(served, 400, packing, graph_sizes=graph_sizes) as engine:
         assert engine.runner.attention.backend == "flashinfer"
         engine.generate([system], max_new_tokens=1)
-        requests = [engine.submit(ids, max_new_tokens=19, stop_tokens=()) for ids in prompts]
+        most = 100 if graph_sizes == "auto" else 20  # it waits for a form to come again before it captures it
+        requests = [engine.submit(ids, max_new_tokens=most, stop_tokens=()) for ids in prompts]
         seen: list[torch.Tensor] = []
-        while not all(len(request.tokens) > 13 for request in requests):
+        while not all(len(request.tokens) > most - 10 for request in requests):
             engine.step()
         forward = engine.runner.forward
         engine.runner.forward = lambda step: seen.append(forward(step).float()) or seen[-1]  # type: ignore[func-returns-value,method-assign]
@@ -114,7 +116,7 @@ def test_logits_are_those_without_a_cache_up_to_bfloat16(
 
 @pytest.mark.parametrize("looks", [lambda rows: rows.sum().item(), lambda _: torch.cuda.synchronize()])
 def test_a_model_that_cannot_be_captured_goes_on_without(
-    models: tuple[Any, Any], looks: Any, caplog: pytest.LogCaptureFixture
+    models: tuple[Any, Any], looks: Callable[[torch.Tensor], object], caplog: pytest.LogCaptureFixture
 ) -> None:
     served, alone = models
 
@@ -157,7 +159,7 @@ def test_a_mixture_of_experts_is_served() -> None:
     served, alone = (transformers.MixtralForCausalLM(config).to("cuda:0", torch.bfloat16).eval() for _ in range(2))
     alone.load_state_dict(served.state_dict())
     for packing in ("plain", "hybrid"):
-        decoder = expect_logits_of(alone, served, packing, "auto")  # type: ignore[arg-type]
+        decoder = expect_logits_of(alone, served, packing, "auto")
         assert decoder is not None
         print(packing, "one graph" if decoder.whole is not None else "graphs of its attention")
 

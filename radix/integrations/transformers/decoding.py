@@ -37,8 +37,10 @@ GraphSizes: TypeAlias = Sequence[int] | Literal["auto"] | None
 _log = logging.getLogger("radix")
 #: a larger batch keeps the device busy without graphs, and its logits would take much memory
 _MOST_ROWS = 256
-#: steps of a form before it is captured where nobody asked for it: a capture takes the time of some thirty steps
+#: steps of a form before it is captured where nobody asked for it: a capture takes the time of some thirty steps,
 _CAPTURE_AFTER = 8
+#: so that a form that ends with its batch has to last
+_PATIENCE = 5
 
 
 @define(slots=True, frozen=True, eq=False)
@@ -161,4 +163,5 @@ def decoder_for(
     if graph_sizes != "auto":
         return Decoder(model, None, layers)
     whole = graphs_for(model, attention, sizes, max_tokens=max_tokens, capture_after=_CAPTURE_AFTER)
+    whole.patience = _PATIENCE
     return Decoder(model, whole, layers)

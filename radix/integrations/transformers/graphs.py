@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from radix.integrations.transformers.model import Model
     from seqattn.attention.captured import CapturedStep
+    from seqattn.attention.fixed import StepForm
     from seqattn.attention.front import PagedAttention
     from seqattn.attention.step import DecodeStep
 
@@ -57,6 +58,13 @@ class ModelGraphs(DecodeGraphs[torch.Tensor]):
     A capture that fails half-way can leave torch's memory pools in its middle. What usually makes it fail, a look at a
     value, is found before: the run that warms up is not allowed to wait for the device.
     """
+
+    #: how many times as many steps are seen before a form that belongs to one batch is captured
+    patience = 1
+
+    def _steps_before(self, form: StepForm) -> int:
+        """A form with tables ends when a sequence leaves; others come again."""
+        return super()._steps_before(form) * (self.patience if any(call.tables for call in form.calls) else 1)
 
     def _recorded(self, *arguments: Any) -> CapturedStep:  # noqa: ANN401  those of `DecodeGraphs`
         try:

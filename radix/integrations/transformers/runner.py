@@ -98,6 +98,8 @@ class Runner:
 
         Cost: O(rows + pages).
         """
+        if self.decoder is not None and batch.decodes:
+            return self._prepare_decoding(batch)
         requests = batch.requests
         num_new = np.array(batch.num_new, dtype=np.int64)
         num_done = np.array([request.num_done for request in requests], dtype=np.int64)
@@ -112,14 +114,21 @@ class Runner:
         sent = torch.from_numpy(host).to(self.shape.device, non_blocking=True)
         tokens, positions, rows = sent[:num_rows], sent[num_rows : 2 * num_rows], sent[2 * num_rows :]
         ids, num_tokens = [request.id for request in requests], lens.tolist() if any(in_part) else None
-        if self.decoder is not None and batch.decodes:
-            return GraphStep(self._pack(ids, batch, None), tokens, positions)
         packed = self.cache.pack_for_flashinfer(ids, num_tokens=num_tokens)
         data = packed if self._is_plain(ids) else self._pack(ids, batch, num_tokens)
         self.attention.plan(data, query_lens=None if batch.decodes else batch.num_new)
         indptr = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
         wanted = rows if len(last) < num_rows else None
         return Step(self.attention, packed, indptr, tokens[None], positions[None], wanted)
+
+    def _prepare_decoding(self, batch: Batch) -> GraphStep:
+        """A step in which every request has one new token, its newest."""
+        num, requests = len(batch.requests), batch.requests
+        host = np.empty(2 * num, dtype=np.int64)
+        host[:num] = [request.tokens[-1] for request in requests]
+        host[num:] = [request.num_done for request in requests]
+        sent = torch.from_numpy(host).to(self.shape.device, non_blocking=True)
+        return GraphStep(self._pack([request.id for request in requests], batch, None), sent[:num], sent[num:])
 
     def _is_plain(self, ids: list[Hashable]) -> bool:
         return self.packing == "plain" or len(ids) == 1
