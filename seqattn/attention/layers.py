@@ -5,6 +5,9 @@
 
 What attention launches in a layer, up to six kernels on three streams, then takes the CPU two launches. The graphs are
 those of `DecodeGraphs` cut into layers: the same forms, the same fixed memory, planned in the same way for each step.
+
+A model that does the same in every step mostly finds its q, k and v in the same memory again. For rows that come from
+where they were before, one graph does both: it is captured for their addresses, and replayed only for these.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from attrs import define, field
 
 from seqattn.attention.captured import CapturedStep
 from seqattn.attention.graphs import DecodeGraphs
@@ -32,6 +36,11 @@ if TYPE_CHECKING:
     from seqattn.row_kernel import RowTaker
 
 __all__ = ["LayerGraphs", "LayerStep"]
+
+#: addresses of a layer's rows for which there are graphs, and that are looked at: a model that never comes back to
+#: where it was is left alone
+_MOST_PLACES = 4
+_MOST_SEEN = 32
 
 
 class LayerGraphs:
@@ -108,57 +117,93 @@ class LayerGraphs:
         return step
 
 
+@define(slots=True, eq=False)
+class _Layer:
+    """The graphs of one layer.
+
+    Attributes:
+        take: brings rows to where `attend` reads them.
+        attend: a graph of the attention, and its output.
+        seen: how often rows have come from an address.
+        whole: by address, a graph of both and its output, with padding and as it is returned.
+    """
+
+    take: RowTaker
+    attend: tuple[torch.cuda.CUDAGraph, torch.Tensor]
+    seen: dict[tuple[object, ...], int] = field(factory=dict)
+    whole: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = field(factory=dict)
+
+
 class LayerStep(CapturedStep):
-    """A decode step of one form: for each layer a launch that takes its rows, and a graph of its attention."""
+    """A decode step of one form: for each layer a launch that takes its rows, and a graph of its attention.
+
+    Attributes:
+        num_in_place: layers that were computed by one graph, from rows where they had been before.
+    """
 
     def __init__(self, backend: FlashInferBackend, form: StepForm) -> None:
         super().__init__(backend, form, ())
         manager = backend.manager
         shape = (form.num_rows, backend.num_qo_heads, manager.head_dim)
         self._q = torch.zeros(shape, dtype=manager.dtype, device=backend.device)
-        self._layers: list[tuple[RowTaker, torch.cuda.CUDAGraph, torch.Tensor]] = []
+        self._layers: list[_Layer] = []
         self._results: list[torch.Tensor] = []
         self._num_rows = 0
         self._seen: tuple[object, ...] | None = None
+        self._on: tuple[Any, torch.cuda.Stream] | None = None
+        self.num_in_place = 0
 
     def record(self, on: tuple[Any, torch.cuda.Stream], work: Work, places: npt.NDArray[np.int32]) -> None:
         """Records a graph for each layer; the arguments are those of `CapturedStep.capture`."""
-        self._write(work, places, ())
-        pool, stream = on
-        device = self._backend.device
-        main = torch.cuda.current_stream(device)
-        stream.wait_stream(main)
-        with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):
-            try:
-                self.attend(self._q, 0)  # what is loaded at the first call is loaded now
-            finally:  # memory that is given back is not used anew before that
-                main.wait_stream(stream)
-            for layer in range(self._backend.manager.num_layers):
-                self._layers.append(self._recorded(layer, pool))
-        main.wait_stream(stream)
-
-    def _recorded(self, layer: int, pool: Any) -> tuple[RowTaker, torch.cuda.CUDAGraph, torch.Tensor]:  # noqa: ANN401  torch's, untyped
         from seqattn.row_kernel import RowTaker
 
-        manager = self._backend.manager
+        self._write(work, places, ())
+        self._on, manager = on, self._backend.manager
+        stream, device = on[1], self._backend.device
+        main = torch.cuda.current_stream(device)
+        stream.wait_stream(main)
+        with torch.no_grad(), torch.cuda.device(device):
+            try:
+                with torch.cuda.stream(stream):
+                    self.attend(self._q, 0)  # what is loaded at the first call is loaded now
+            finally:  # memory that is given back is not used anew before that
+                main.wait_stream(stream)
+        for layer in range(manager.num_layers):
+            caches = manager.layer_tensors(layer)
+            if manager.kv_layout == "HND":
+                caches = caches[0].transpose(1, 2), caches[1].transpose(1, 2)
+            self._layers.append(_Layer(RowTaker(self._q, caches, self.places), self._recorded(layer, None)))
+
+    def _recorded(self, layer: int, rows: tuple[torch.Tensor, ...] | None) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """A graph of a layer's attention, that takes `rows` from where they are; and its output."""
+        assert self._on is not None
+        pool, stream = self._on
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=pool)
-        try:
-            out = self.attend(self._q, layer)
-        finally:
-            graph.capture_end()
-        key_cache, value_cache = manager.layer_tensors(layer)
-        if manager.kv_layout == "HND":
-            key_cache, value_cache = key_cache.transpose(1, 2), value_cache.transpose(1, 2)
-        return RowTaker(self._q, (key_cache, value_cache), self.places), graph, out
+        # Memory made for inference alone could not be written by later graphs outside of it.
+        with (
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+            torch.cuda.device(self._backend.device),
+            torch.cuda.stream(stream),
+        ):
+            graph.capture_begin(pool=pool)
+            try:
+                if rows is not None:
+                    self._layers[layer].take(*rows)
+                out = self.attend(self._q, layer)
+            finally:
+                graph.capture_end()
+        return graph, out
 
     def begin(self, work: Work, places: npt.NDArray[np.int32]) -> None:
         """Brings a step's tables into the fixed memory."""
         self._write(work, places, ())
         num_rows = places.shape[1]
         if num_rows != self._num_rows:
-            self._results = [out[:num_rows][None] for _, _, out in self._layers]
             self._num_rows, self._seen = num_rows, None
+            self._results = [layer.attend[1][:num_rows][None] for layer in self._layers]
+            for layer in self._layers:
+                layer.whole = {key: (graph, out, out[:num_rows][None]) for key, (graph, out, _) in layer.whole.items()}
 
     def attend_heads(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, layer: int) -> torch.Tensor:
         """Writes each sequence's new key and value, then attends over all its tokens.
@@ -182,10 +227,26 @@ class LayerStep(CapturedStep):
             self._seen = seen
         if not 0 <= layer < len(self._layers):
             raise LengthError(f"layer {layer} is not in [0, {len(self._layers)})")
-        take, graph, _ = self._layers[layer]
-        take(q, keys, values)
-        graph.replay()
+        found = self._layers[layer]
+        key = (q.data_ptr(), keys.data_ptr(), values.data_ptr(), q.stride(), keys.stride(), values.stride())
+        whole = found.whole.get(key)
+        if whole is not None:
+            self.num_in_place += 1
+            whole[0].replay()
+            return whole[2]
+        found.take(q, keys, values)
+        found.attend[0].replay()
+        self._note(found, key, (q, keys, values), layer)
         return self._results[layer]
+
+    def _note(self, found: _Layer, key: tuple[object, ...], rows: tuple[torch.Tensor, ...], layer: int) -> None:
+        """Captures a graph of both for rows that have come from there before."""
+        if len(found.whole) >= _MOST_PLACES or len(found.seen) > _MOST_SEEN:
+            return
+        found.seen[key] = found.seen.get(key, 0) + 1
+        if found.seen[key] > 1:
+            graph, out = self._recorded(layer, rows)
+            found.whole[key] = (graph, out, out[: self._num_rows][None])
 
     def _check(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         manager = self._backend.manager

@@ -11,6 +11,7 @@ from seqattn.attention.calls import Choice, Work
 from seqattn.attention.layers import LayerGraphs, LayerStep
 from seqattn.attention.plan import BatchPlan
 from seqattn.errors import LengthError, TensorError
+from tests.gpu.batches import relative_error
 from tests.gpu.test_decode_graphs import NUM_LAYERS, WAYS, Engine, compare
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -77,3 +78,38 @@ def test_what_does_not_fit_a_step_is_refused() -> None:
     with pytest.raises(LengthError, match="layer 3"):
         step.attend_heads(q, q[:, :8], q[:, :8], layer=3)
     assert step.attend_heads(q, q[:, :8], q[:, :8], layer=2).shape == (1, 20, 32, 128)
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_rows_that_stay_where_they_are_take_one_graph_and_rows_that_move_are_found(hybrid: bool) -> None:
+    engine, other = Engine(), Engine()
+    graphs = LayerGraphs(engine.attention, [24], max_tokens=1100)
+    homes = [torch.zeros(3, NUM_LAYERS, 32, 24, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    steps = set()
+    for number in range(40):
+        if number == 20:
+            for each in (engine, other):
+                each.finish()
+        home = homes[number in {13, 14, 27}]
+        for each in (engine, other):
+            each.descriptor.allocate_decoding(each.ids)
+        num = len(engine.ids)
+        fresh = torch.randn(num, 32, 128, device="cuda", generator=engine.generator).bfloat16()
+        step = graphs.begin(engine.data(hybrid=hybrid))  # type: ignore[arg-type]
+        hidden = fresh
+        if not isinstance(step, LayerStep):
+            hidden, _ = engine.model(step, hidden)
+        else:
+            steps.add(step)
+            for layer in range(NUM_LAYERS):
+                q, keys, values = home[:, layer, :, :num][:, None]
+                q.copy_(hidden.transpose(0, 1)[None])
+                keys[:, :8].copy_(q[:, :8])
+                values[:, :8].copy_(q[:, :8].flip(-1))
+                out = step.attend_heads(q, keys[:, :8], values[:, :8], layer=layer)[0]
+                home.normal_()  # nobody reads the rows later
+                hidden = hidden + engine.mixed(out.contiguous(), layer)
+        assert relative_error(hidden, other.by_hand(fresh).float()) < 1e-2
+    for a, b in zip(engine.manager.get_memory_tensors(), other.manager.get_memory_tensors(), strict=True):
+        assert relative_error(a, b.float()) < 1e-2
+    assert sum(step.num_in_place for step in steps) > 20 * NUM_LAYERS

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from radix.integrations.transformers.decoding import GraphSizes
     from radix.integrations.transformers.model import Model, ModelShape
+    from radix.integrations.transformers.scheduler import Batch
     from radix.integrations.transformers.text import Prompt, Tokenizer
     from seqattn.hybrid import CostModel
 
@@ -277,11 +278,7 @@ class Engine:
             try:
                 step = self.runner.prepare(batch)
                 logits = self.runner.forward(step)
-                families = [
-                    request.family()
-                    for request, size in zip(batch.requests, batch.num_new, strict=True)
-                    if request.num_done + size >= len(request.todo)
-                ]
+                families = self._families(batch)
                 tokens = self._sample(logits, families)
             except BaseException:
                 self.scheduler.undo(batch)
@@ -388,6 +385,15 @@ class Engine:
                 return
             self._refuse_foreign(request)
             self.step()
+
+    @staticmethod
+    def _families(batch: Batch) -> list[list[Request]]:
+        """Those that get a token in this step, each with the forks that begin with it."""
+        return [
+            request.family()
+            for request, size in zip(batch.requests, batch.num_new, strict=True)
+            if request.num_done + size >= len(request.todo)
+        ]
 
     def _sample(self, logits: torch.Tensor, families: list[list[Request]]) -> list[int]:
         """A token for each of `families`, the requests of one of which share a row of logits."""
