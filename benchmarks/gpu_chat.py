@@ -26,6 +26,8 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -258,6 +260,15 @@ PARTS: dict[str, Callable[[Work], Iterator[Row]]] = {
 }
 
 
+def _machine(device: str) -> Row:
+    """Where it ran, and on what."""
+    versions = {}
+    for name, package in (("torch", "torch"), ("transformers", "transformers"), ("flashinfer", "flashinfer-python")):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(package).partition("+")[0]
+    return {"device": torch.cuda.get_device_name(0) if device != "cpu" else "CPU", "versions": versions}
+
+
 def main() -> None:
     """Runs the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -270,6 +281,7 @@ def main() -> None:
     sizes = TINY if options.tiny else Sizes()
     work = Work(device, sizes, is_tiny=options.tiny, trace=options.trace)
     options.out.mkdir(parents=True, exist_ok=True)
+    about = {"batch": sizes.batch, "system": sizes.system} | _machine(device)
     with (options.out / "chat.jsonl").open("w", encoding="utf-8") as file:
         for part in options.only:
             begin = time.perf_counter()
@@ -279,7 +291,7 @@ def main() -> None:
                 traceback.print_exc()
                 rows = [{"error": f"{type(error).__name__}: {error}"[:300]}]
             for row in rows:
-                line = json.dumps({"part": part, **row, "batch": sizes.batch, "system": sizes.system})
+                line = json.dumps({"part": part, **row, **about})
                 print(line, f"# {time.perf_counter() - begin:.1f} s", flush=True)
                 print(line, file=file, flush=True)
             gc.collect()
