@@ -105,7 +105,10 @@ def _host(rows: Rows) -> str:
     for row in (row for row in rows if row["part"] == "host"):
         us = [f"{row[f'{part}_us'] / 1e3:.2f}" for part in ("forward_without_attention", *parts)]
         added, low, high = (f"{row[name]:.1%}" for name in ("added_share", "added_share_low", "added_share_high"))
-        cells = [f"{row['packing']}, {_GRAPHS[row['graphs']]}", *us, f"**{added}**", f"{low} to {high}"]
+        last = [f"**{added}**", f"{low} to {high}"]
+        if row["graphs"] == "step":
+            last = [f"{row['host_share']:.1%} in all", ""]
+        cells = [f"{row['packing']}, {_GRAPHS[row['graphs']]}", *us, *last]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
