@@ -155,12 +155,8 @@ def decode(work: Work) -> Iterator[Row]:
             seconds = time.perf_counter() - begin
             engine.cache.check()
         rate = work.sizes.batch * work.sizes.steps / seconds
-        yield {
-            "packing": packing,
-            "graphs": graphs,
-            "tokens_per_s": rate,
-            "step_ms": seconds / work.sizes.steps * 1e3,
-        }
+        how = {"packing": packing, "graphs": graphs}
+        yield how | {"tokens_per_s": rate, "step_ms": seconds / work.sizes.steps * 1e3}
 
 
 def static(work: Work, *, is_compiled: bool = False) -> Iterator[Row]:
