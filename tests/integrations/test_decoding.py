@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import pytest
@@ -81,9 +82,13 @@ def test_whatever_a_capture_raises_is_the_reason(monkeypatch: pytest.MonkeyPatch
     def recorded(self: Any, form: object, on: object, work: object, places: object, inputs: object) -> None:  # noqa: ANN401
         self._run_captured(None, inputs)
 
+    def set_mode(mode: object) -> None:
+        warnings.warn("a prototype feature", stacklevel=2)  # as torch does; here a warning is an error
+        modes.append(mode)
+
     modes: list[object] = [0]
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
     monkeypatch.setattr(DecodeGraphs, "_run_captured", fails)
     monkeypatch.setattr(DecodeGraphs, "_recorded", recorded)
     engine = engine_for("Llama")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -82,10 +83,16 @@ class ModelGraphs(DecodeGraphs[torch.Tensor]):
 def _without_waiting() -> Iterator[None]:
     """What waits for the device raises RuntimeError inside."""
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    _set_mode("error")
     try:
         yield
     finally:
+        _set_mode(mode)
+
+
+def _set_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls the mode a prototype, each time that it is set
         torch.cuda.set_sync_debug_mode(mode)
 
 
