@@ -116,7 +116,8 @@ class CapturedStep:
             finally:  # memory that is given back is not used anew before that
                 main.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            # What other threads do meanwhile is theirs.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._outputs = model(self, self._inputs)
         self._graph = graph
 

@@ -186,7 +186,7 @@ class LayerStep(CapturedStep):
             torch.cuda.device(self._backend.device),
             torch.cuda.stream(stream),
         ):
-            graph.capture_begin(pool=pool)
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 if rows is not None:
                     self._layers[layer].take(*rows)

@@ -101,6 +101,21 @@ def test_whatever_a_capture_raises_is_the_reason(monkeypatch: pytest.MonkeyPatch
     assert modes == [0, "error", 0]
 
 
+def test_only_the_first_capture_forbids_to_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds for the whole process: other threads would be told so too."""
+    modes: list[object] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(DecodeGraphs, "_run_captured", lambda *_: torch.zeros(1))
+    engine = engine_for("Llama")
+    graphs = graphs_for(engine.model, engine.runner.attention, [4], max_tokens=64)
+    step: Any = None
+    graphs._run_captured(step, [])
+    graphs.num_captures = 1
+    graphs._run_captured(step, [])
+    assert modes == ["error", 0]
+
+
 def test_on_the_cpu_nothing_is_captured_unless_batch_sizes_are_given() -> None:
     for graph_sizes in ("auto", (), None):
         assert engine_for(graph_sizes=graph_sizes).runner.decoder is None

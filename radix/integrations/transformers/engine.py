@@ -74,11 +74,12 @@ class Engine:
         backend: of `PagedAttention`: "auto", "flashinfer" or "torch".
         packing: "hybrid" reads what requests share once a step, where that pays; "plain" reads it for each.
         cost_model: which shared runs pay; "auto" is the attention's own on CUDA, and every run elsewhere (None).
-        graph_sizes: how decoding is captured in CUDA graphs; of no effect on the CPU. "auto" captures a batch size when
-            it has been decoded for some steps. A model that cannot be captured, as its code looks at values, goes on
-            without, and one logged line says why; its attention still runs in graphs. Batch sizes, (1, 8, 64) say, are
-            captured as they come, a batch is padded to the next one, and a model that cannot be captured raises. () is
-            for graphs of the attention alone, None for none at all. A graph takes memory for its logits.
+        graph_sizes: how decoding is captured in CUDA graphs; of no effect on the CPU.
+            "auto": a batch size when it has been decoded for some steps. A model that cannot be captured, as its code
+            looks at values, goes on without, and one logged line says why; its attention still runs in graphs.
+            Batch sizes, (1, 8, 64) say: these, as they come; a batch is padded to the next one. A model that cannot be
+            captured raises `CaptureError`.
+            (): only the attention of each layer. None: nothing, where other threads use the device at the same time.
         name: requests without an id get the ids "NAME 0", "NAME 1", …
         clock: seconds, for the figures of requests.
 

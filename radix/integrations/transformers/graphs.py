@@ -57,7 +57,8 @@ class ModelGraphs(DecodeGraphs[torch.Tensor]):
     """`DecodeGraphs` that say why a model cannot be captured.
 
     A capture that fails half-way can leave torch's memory pools in its middle. What usually makes it fail, a look at a
-    value, is found before: the run that warms up is not allowed to wait for the device.
+    value, is found before: the run that warms up is not allowed to wait for the device. That holds for all threads of
+    the process, so it is asked for the first capture alone.
     """
 
     #: how many times as many steps are seen before a form that belongs to one batch is captured
@@ -75,6 +76,8 @@ class ModelGraphs(DecodeGraphs[torch.Tensor]):
             raise CaptureError("this model", f"{type(error).__name__}: {reason}") from error
 
     def _run_captured(self, step: CapturedStep, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        if self.num_captures:
+            return super()._run_captured(step, inputs)
         with _without_waiting():
             return super()._run_captured(step, inputs)
 
