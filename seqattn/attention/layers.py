@@ -41,6 +41,8 @@ __all__ = ["LayerGraphs", "LayerStep"]
 #: where it was is left alone
 _MOST_PLACES = 4
 _MOST_SEEN = 32
+#: how many times as many steps are seen before a form that belongs to one batch is captured
+_PATIENCE = 4
 
 
 class LayerGraphs:
@@ -50,7 +52,8 @@ class LayerGraphs:
         attention: with the backend "flashinfer"; with another every step is computed without graphs.
         batch_sizes: to which batches are padded; larger batches are computed without graphs.
         max_tokens: of a sequence, as in `DecodeGraphs`.
-        capture_after: steps of the same form that are seen before it is captured.
+        capture_after: steps of the same form that are seen before it is captured; four times as many of one that
+            ends with its batch.
         max_graphs: the least recently used forms beyond are dropped.
 
     Raises:
@@ -262,6 +265,10 @@ class LayerStep(CapturedStep):
 
 class _Forms(DecodeGraphs[Any]):
     """Finds and captures forms; its steps are `LayerStep`s."""
+
+    def _steps_before(self, form: StepForm) -> int:
+        """A form with tables ends when a sequence leaves: capturing it takes the time of a few steps."""
+        return super()._steps_before(form) * (_PATIENCE if any(call.tables for call in form.calls) else 1)
 
     def _recorded(
         self,

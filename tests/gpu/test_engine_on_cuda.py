@@ -82,7 +82,7 @@ def expect_logits_of(
     with engine_of(served, 400, packing, graph_sizes=graph_sizes) as engine:
         assert engine.runner.attention.backend == "flashinfer"
         engine.generate([system], max_new_tokens=1)
-        most = 100 if graph_sizes == "auto" else 20  # it waits for a form to come again before it captures it
+        most = 100 if graph_sizes == "auto" else 40  # it waits for a form to come again before it captures it
         requests = [engine.submit(ids, max_new_tokens=most, stop_tokens=()) for ids in prompts]
         seen: list[torch.Tensor] = []
         while not all(len(request.tokens) > most - 10 for request in requests):

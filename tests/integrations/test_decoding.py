@@ -13,6 +13,7 @@ from radix.integrations.transformers import Engine
 from radix.integrations.transformers.decoding import Decoder, auto_sizes
 from radix.integrations.transformers.graphs import CaptureError, ModelGraphs, graphs_for
 from seqattn.attention.captured import CapturedStep
+from seqattn.attention.fixed import CallForm, StepForm
 from seqattn.attention.graphs import DecodeGraphs
 from seqattn.attention.layers import LayerGraphs
 from seqattn.errors import BadValueError
@@ -137,3 +138,17 @@ def test_sizes_by_default_are_powers_of_two_and_the_largest_batch() -> None:
     assert auto_sizes(40) == [1, 2, 4, 8, 16, 32, 40]
     assert auto_sizes(64) == [1, 2, 4, 8, 16, 32, 64]
     assert auto_sizes(1000) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+
+
+def test_a_form_that_ends_with_its_batch_has_to_last_longer_before_it_is_captured() -> None:
+    lasting = CallForm("decode", False, False, 8, 8, 80)
+    passing = CallForm("fa2", False, False, 4, 2, 8, b"tables")
+    engine = engine_for("Llama")
+    attention = engine.runner.attention
+    layers = LayerGraphs(attention, [8], max_tokens=64)._graphs
+    whole = graphs_for(engine.model, attention, [8], max_tokens=64, capture_after=3)
+    steps = [StepForm(8, (lasting,), direct=True), StepForm(8, (passing, lasting), direct=False)]
+    assert [layers._steps_before(form) for form in steps] == [2, 8]
+    assert [whole._steps_before(form) for form in steps] == [3, 3]
+    whole.patience = 5
+    assert [whole._steps_before(form) for form in steps] == [3, 15]
