@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from attrs import define
 
-from radix.integrations.transformers.graphs import CaptureError, ModelGraphs, Rows, graphs_for
+from radix.integrations.transformers.graphs import ModelGraphs, Rows, graphs_for
 from seqattn.attention.layers import LayerGraphs, LayerStep
 from seqattn.counts import positive
-from seqattn.errors import BadValueError
+from seqattn.errors import BadValueError, CaptureError
 
 if TYPE_CHECKING:
     from radix.integrations.transformers.model import Model
@@ -109,8 +109,8 @@ class Decoder:
             except CaptureError as error:
                 if self.layers is None:
                     raise
-                name = type(self._model).__name__
-                _log.warning("%s decodes without a graph of its whole step from now on: %s", name, error.reason)
+                reason = "%s decodes without a graph of its whole step from now on: %s"
+                _log.warning(reason, error.model, error.reason)
                 self.whole = None
         return self._by_layer(step)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from seqattn.attention.graphs import DecodeGraphs
-from seqattn.errors import SeqAttnError
+from seqattn.errors import CaptureError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,17 +21,7 @@ if TYPE_CHECKING:
     from seqattn.attention.front import PagedAttention
     from seqattn.attention.step import DecodeStep
 
-__all__ = ["CaptureError", "ModelGraphs", "Rows", "graphs_for"]
-
-
-class CaptureError(SeqAttnError):
-    """A model whose decode step cannot be captured: `reason` says why, `__cause__` is what was raised."""
-
-    def __init__(self, model: str, reason: str) -> None:
-        self.reason = reason
-        super().__init__(
-            f"a decode step of {model} cannot be captured in a CUDA graph: {reason}; serve it with graph_sizes=()"
-        )
+__all__ = ["ModelGraphs", "Rows", "graphs_for"]
 
 
 class Rows:
@@ -61,6 +51,8 @@ class ModelGraphs(DecodeGraphs[torch.Tensor]):
     the process, so it is asked for the first capture alone.
     """
 
+    #: of the model, for the error
+    name = "the model"
     #: how many times as many steps are seen before a form that belongs to one batch is captured
     patience = 1
 
@@ -73,7 +65,7 @@ class ModelGraphs(DecodeGraphs[torch.Tensor]):
             return super()._recorded(*arguments)
         except Exception as error:  # a model is a program: it may raise anything
             reason = (str(error).splitlines() or [""])[0] or "no reason given"
-            raise CaptureError("this model", f"{type(error).__name__}: {reason}") from error
+            raise CaptureError(self.name, f"{type(error).__name__}: {reason}") from error
 
     def _run_captured(self, step: CapturedStep, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         if self.num_captures:
@@ -113,4 +105,6 @@ def graphs_for(
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    return ModelGraphs(attention, forward, batch_sizes, max_tokens=max_tokens, capture_after=capture_after)
+    graphs = ModelGraphs(attention, forward, batch_sizes, max_tokens=max_tokens, capture_after=capture_after)
+    graphs.name = type(model).__name__
+    return graphs
