@@ -63,7 +63,7 @@ def test_a_model_that_cannot_be_captured_goes_on_without_and_says_so_once(caplog
 def test_where_graphs_were_asked_for_it_raises_and_nothing_is_lost() -> None:
     engine, whole = engine_that_fails(with_layers=False)
     request = engine.submit(PROMPTS[0], max_new_tokens=4)
-    with pytest.raises(CaptureError, match="LlamaForCausalLM cannot be captured .* serve it with graph_sizes='auto'"):
+    with pytest.raises(CaptureError, match=r"LlamaForCausalLM cannot be captured .* serve it with graph_sizes='auto'"):
         engine.wait([request])
     engine.runner.decoder = None
     engine.wait([request])
