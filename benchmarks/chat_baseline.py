@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import os
 import statistics
@@ -59,6 +60,8 @@ class DynamicCaches:
 
     def __init__(self, model: Any, system: list[int] | None) -> None:  # noqa: ANN401  a model of transformers
         self.model = model
+        #: what the library calls a cache: "cache" in new versions, which warn of the other name
+        self.keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         self.kept = None
         self.num_kept = 0
         if system is not None:
@@ -73,8 +76,13 @@ class DynamicCaches:
     def forward(self, ids: list[int], cache: Any) -> int:  # noqa: ANN401  a cache of transformers
         """Computes tokens; the next one."""
         with torch.inference_mode():
-            output = self.model(input_ids=torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
-            return int(output.logits[0, -1].argmax())
+            return int(self.logits(torch.tensor([ids]), cache)[0, -1].argmax())
+
+    def logits(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:  # noqa: ANN401  a cache of transformers
+        """Logits of the last tokens, [sequences, 1, vocabulary]."""
+        output = self.model(input_ids=ids, logits_to_keep=1, **{self.keyword: cache})
+        logits: torch.Tensor = output.logits
+        return logits
 
     def begin(self, prompt: list[int]) -> tuple[Any, int]:
         """A new conversation: its cache, and its first token."""
@@ -146,8 +154,7 @@ def padded_batch(caches: DynamicCaches, work: Conversations, options: argparse.N
     with torch.inference_mode():
         begin = time.perf_counter()
         for _ in range(options.new - 1):
-            logits = caches.model(input_ids=tokens, past_key_values=one, logits_to_keep=1).logits
-            tokens = logits[:, -1].argmax(-1, keepdim=True)
+            tokens = caches.logits(tokens, one)[:, -1].argmax(-1, keepdim=True)
     return {"tokens_per_s": options.batch * (options.new - 1) / (time.perf_counter() - begin)}
 
 

@@ -28,6 +28,8 @@ def chat_parts() -> dict[str, str]:
         "chat_gpu_machine": _gpu_machine(gpu[0]),
         "chat_decode": _decode(gpu),
         "chat_facts": _facts(gpu),
+        "chat_host": _host(gpu),
+        "chat_ways": _ways(gpu),
     }
 
 
@@ -57,49 +59,71 @@ def _cpu(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+#: what of a step is one launch
+_GRAPHS = {"none": "no graphs", "attention": "graphs of the attention", "step": "one graph a step"}
+
+
 def _decode(rows: Rows) -> str:
     """Decoding: who, tokens a second, milliseconds a step, and what the host needs."""
-    hosts = {(row["packing"], row["in_graph"]): row for row in rows if row["part"] == "host"}
-    lines = ["| decoding | tokens per second | step | of which the CPU needs |", "|---|---:|---:|---:|"]
+    hosts = {(row["packing"], row["graphs"]): row for row in rows if row["part"] == "host"}
+    lines = ["| decoding | tokens per second | step | the CPU's work in it |", "|---|---:|---:|---:|"]
     for row in sorted((row for row in rows if "tokens_per_s" in row), key=lambda row: -row["tokens_per_s"]):
-        host = hosts.get((row.get("packing"), row.get("in_graph")))
+        host = hosts.get((row.get("packing"), row.get("graphs")))
         if "packing" in row:
-            what = f"Engine, {row['packing']} packing, {'CUDA graphs' if row['in_graph'] else 'eager'}"
+            what = f"Engine, {row['packing']} packing, {_GRAPHS[row['graphs']]}"
         else:
             what = f"`generate` with a static cache, {'compiled' if row['part'] == 'compiled' else 'eager'}"
-        cpu = "" if host is None else f"{host['host_us'] / 1e3:.2f} ms" if row["in_graph"] else "all of it"
+        cpu = "" if host is None else f"{host['host_us'] / 1e3:.2f} ms"
         lines.append(f"| {what} | {row['tokens_per_s']:,.0f} | {row['step_ms']:.2f} ms | {cpu} |")
     return "\n".join(lines)
 
 
 def _facts(rows: Rows) -> str:
-    """First tokens, agreement, replay and the host."""
+    """First tokens and the replay."""
     lines = [
         f"- First token of {row['message']} new tokens after {row['cached']:,} cached: {row['cached_ms']:.1f} ms; the "
         f"same prompt cold: {row['cold_ms']:.1f} ms."
         for row in rows
         if row["part"] == "first"
     ]
-    agree, replay = (next(row for row in rows if row["part"] == part) for part in ("agree", "replay"))
-    lines.append(
-        f"- Hybrid and plain packing on the same state choose the same greedy token in {agree['equal']:,} of "
-        f"{agree['tokens']:,} cases. In the other {agree['different']} the two best logits are at most "
-        f"{agree['most_apart_steps']:g} bfloat16 steps apart ({agree['apart_at_most_2_steps']} of them at most 2); the "
-        f"logits of the two ways differ by up to {agree['largest_difference_of_a_logit_steps']:g} steps."
-    )
+    replay = next(row for row in rows if row["part"] == "replay")
     lines.append(
         f"- {replay['requests']:,} requests of a recorded trace in {replay['seconds']:.0f} s on {replay['pages']:,} "
         f"pages: {replay['evicted_pages']:,} pages evicted, {replay['checks']} times `check()`, {replay['pages_lost']} "
         "pages lost."
     )
-    hosts = [row for row in rows if row["part"] == "host"]
-    bare = [row["forward_without_attention_us"] for row in hosts]
-    added = [f"{row['host_us'] / min(bare) - 1:.0%} ({row['packing']})" for row in hosts if not row["in_graph"]]
-    whole = [f"{row['host_us'] / min(bare):.0%} ({row['packing']})" for row in hosts if row["in_graph"]]
-    lines.append(
-        f"- On the host, the model's eager forward with attention replaced by nothing takes {min(bare) / 1e3:.1f} to "
-        f"{max(bare) / 1e3:.1f} ms in four measurements. On top of the least of them an eager step of the engine takes "
-        f"{', '.join(added)}: more than the 20% that were promised. With CUDA graphs a whole step takes the CPU "
-        f"{', '.join(whole)} of it."
-    )
+    return "\n".join(lines)
+
+
+def _host(rows: Rows) -> str:
+    """What the engine adds to a bare forward on the CPU."""
+    lines = [
+        "| packing, graphs | bare | schedule | prepare | forward | sample | publish, accept | added | quartiles |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    parts = ("schedule", "prepare", "forward", "sample", "publish_and_accept")
+    for row in (row for row in rows if row["part"] == "host"):
+        us = [f"{row[f'{part}_us'] / 1e3:.2f}" for part in ("forward_without_attention", *parts)]
+        added, low, high = (f"{row[name]:.1%}" for name in ("added_share", "added_share_low", "added_share_high"))
+        last = [f"**{added}**", f"{low} to {high}"]
+        if row["graphs"] == "step":
+            last = [f"{row['host_share']:.1%} in all", ""]
+        cells = [f"{row['packing']}, {_GRAPHS[row['graphs']]}", *us, *last]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ways(rows: Rows) -> str:
+    """Ways to compute the same step, two and two."""
+    found = [row for row in rows if row["part"] == "agree"]
+    tokens = f"of {found[0]['tokens']:,} tokens"
+    lines = [
+        f"| {tokens} | the same | different, at most 1 step | at most 2 | most | error of the logits |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in found:
+        cells = (row["equal"], row["apart_at_most_1_step"], row["apart_at_most_2_steps"])
+        numbers = " | ".join(f"{cell:,}" for cell in cells)
+        error, most = row["mean_relative_error"], row["most_apart_steps"]
+        lines.append(f"| {row['way']} against {row['against']} | {numbers} | {most:g} | {error:.4f} |")
     return "\n".join(lines)

@@ -3,10 +3,11 @@
     python -m benchmarks.gpu_chat --out DIR [--trace conversation_trace.jsonl.gz] [--only agree host decode …] [--tiny]
 
 first    time to the first token of a new message after 8k and 32k cached tokens, and of the same prompt cold
-decode   tokens per second of 64 conversations on one 8k system prompt: hybrid and plain packing, also in CUDA graphs
+decode   tokens per second of 64 conversations on one 8k system prompt: hybrid and plain packing, without CUDA graphs,
+         with graphs of each layer's attention, and with one graph of a whole step
 static   the same by transformers' `generate` with a static cache, eager; `compiled` lets it compile its decoding
-agree    hybrid and plain packing on the same state, step by step: how often the greedy token is the same, and by how
-         many bfloat16 steps the two best logits are apart where it is not
+agree    ways to compute the same step: how often the greedy token is the same, by how many bfloat16 steps the two best
+         logits are apart where it is not, and how far each way is from float32 (`gpu_chat_ways`)
 host     microseconds of the CPU for each part of a decode step at batch 64, beside the model's forward with attention
          replaced by nothing; each part begins with the device idle
 replay   10,000 requests of a recorded trace, a page for each of its blocks; `check()` every 1,000 and at the end
@@ -25,24 +26,28 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from benchmarks.chat_models import llama
-from benchmarks.gpu_chat_both import Both
 from benchmarks.gpu_chat_host import host_rows
 from benchmarks.gpu_chat_trace import prompts_of
+from benchmarks.gpu_chat_ways import Ways
 from radix import PrefixCache
 from radix.integrations.transformers import Engine, Request, manager_for
 from radix.integrations.transformers.runner import Packing
 
 Row = dict[str, Any]
 PAGE_SIZE = 16
-#: packing, and whether decoding is captured in CUDA graphs
-VARIANTS: list[tuple[Packing, bool]] = [("plain", False), ("hybrid", False), ("plain", True), ("hybrid", True)]
+#: packing, and what of a decode step is captured in CUDA graphs
+VARIANTS: list[tuple[Packing, str]] = [
+    (packing, graphs) for graphs in ("none", "attention", "step") for packing in ("plain", "hybrid")
+]
 
 
 class Sizes(NamedTuple):
@@ -81,7 +86,11 @@ class Work:
         return ids
 
     def engine(
-        self, num_pages: int, packing: Packing = "hybrid", max_requests: int = 64, graph_sizes: Sequence[int] = ()
+        self,
+        num_pages: int,
+        packing: Packing = "hybrid",
+        max_requests: int = 64,
+        graph_sizes: Sequence[int] | Literal["auto"] | None = "auto",
     ) -> Engine:
         """An engine over a new cache."""
         cache = PrefixCache(manager_for(self.model, num_pages=num_pages, page_size=PAGE_SIZE))
@@ -96,11 +105,12 @@ class Work:
             graph_sizes=graph_sizes,
         )
 
-    def batch_engine(self, packing: Packing, *, in_graph: bool = False) -> tuple[Engine, list[Request]]:
-        """Conversations that share a system prompt and have just got their first token."""
+    def batch_engine(self, packing: Packing, graphs: str = "none") -> tuple[Engine, list[Request]]:
+        """Conversations that share a system prompt and have just got their first token; `graphs` as in `VARIANTS`."""
         sizes = self.sizes
         own = -(-(sizes.message + 2 * sizes.steps + 64) // PAGE_SIZE)
-        num_pages, graph_sizes = sizes.system // PAGE_SIZE + sizes.batch * own + 8, (sizes.batch,) if in_graph else ()
+        num_pages = sizes.system // PAGE_SIZE + sizes.batch * own + 8
+        graph_sizes = {"none": None, "attention": (), "step": (sizes.batch,)}[graphs]
         engine = self.engine(num_pages, packing, sizes.batch, graph_sizes)
         system = self.tokens(sizes.system)
         engine.generate([system], max_new_tokens=1)
@@ -134,8 +144,8 @@ def first(work: Work) -> Iterator[Row]:
 
 def decode(work: Work) -> Iterator[Row]:
     """Tokens per second of the engine."""
-    for packing, in_graph in VARIANTS:
-        engine, _ = work.batch_engine(packing, in_graph=in_graph)
+    for packing, graphs in VARIANTS:
+        engine, _ = work.batch_engine(packing, graphs)
         with engine:
             for _ in range(8):
                 engine.step()
@@ -145,12 +155,8 @@ def decode(work: Work) -> Iterator[Row]:
             seconds = time.perf_counter() - begin
             engine.cache.check()
         rate = work.sizes.batch * work.sizes.steps / seconds
-        yield {
-            "packing": packing,
-            "in_graph": in_graph,
-            "tokens_per_s": rate,
-            "step_ms": seconds / work.sizes.steps * 1e3,
-        }
+        how = {"packing": packing, "graphs": graphs}
+        yield how | {"tokens_per_s": rate, "step_ms": seconds / work.sizes.steps * 1e3}
 
 
 def static(work: Work, *, is_compiled: bool = False) -> Iterator[Row]:
@@ -184,31 +190,22 @@ def compiled(work: Work) -> Iterator[Row]:
 
 
 def agree(work: Work) -> Iterator[Row]:
-    """Greedy tokens of hybrid and plain packing on the same state."""
+    """Greedy tokens of several ways on the same state, and how far each is from the truth."""
     engine, _ = work.batch_engine("hybrid")
     with engine:
-        both = Both(engine)
-        engine.runner = both  # type: ignore[assignment]
+        ways = Ways(engine)
+        engine.runner = ways  # type: ignore[assignment]
         for _ in range(work.sizes.steps):
             engine.step()
-    apart = sorted(both.apart)
-    yield {
-        "tokens": both.num_tokens,
-        "equal": both.num_equal,
-        "different": len(apart),
-        "apart_at_most_1_step": sum(a <= 1 for a in apart),
-        "apart_at_most_2_steps": sum(a <= 2 for a in apart),
-        "most_apart_steps": apart[-1] if apart else 0.0,
-        "largest_difference_of_a_logit_steps": max(both.differences, default=0.0),
-    }
+    yield from ways.rows()
 
 
 def host(work: Work) -> Iterator[Row]:
     """What a decode step costs the CPU, part by part."""
-    for packing, in_graph in VARIANTS:
-        engine, _ = work.batch_engine(packing, in_graph=in_graph)
+    for packing, graphs in VARIANTS:
+        engine, _ = work.batch_engine(packing, graphs)
         with engine:
-            yield {"packing": packing, "in_graph": in_graph} | host_rows(engine, work.sizes.steps // 4 + 2)
+            yield {"packing": packing, "graphs": graphs} | host_rows(engine, work.sizes.steps // 4 + 2)
 
 
 def replay(work: Work) -> Iterator[Row]:
@@ -259,6 +256,15 @@ PARTS: dict[str, Callable[[Work], Iterator[Row]]] = {
 }
 
 
+def _machine(device: str) -> Row:
+    """Where it ran, and on what."""
+    versions = {}
+    for name, package in (("torch", "torch"), ("transformers", "transformers"), ("flashinfer", "flashinfer-python")):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(package).partition("+")[0]
+    return {"device": torch.cuda.get_device_name(0) if device != "cpu" else "CPU", "versions": versions}
+
+
 def main() -> None:
     """Runs the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -271,6 +277,7 @@ def main() -> None:
     sizes = TINY if options.tiny else Sizes()
     work = Work(device, sizes, is_tiny=options.tiny, trace=options.trace)
     options.out.mkdir(parents=True, exist_ok=True)
+    about = {"batch": sizes.batch, "system": sizes.system} | _machine(device)
     with (options.out / "chat.jsonl").open("w", encoding="utf-8") as file:
         for part in options.only:
             begin = time.perf_counter()
@@ -280,7 +287,7 @@ def main() -> None:
                 traceback.print_exc()
                 rows = [{"error": f"{type(error).__name__}: {error}"[:300]}]
             for row in rows:
-                line = json.dumps({"part": part, **row, "batch": sizes.batch, "system": sizes.system})
+                line = json.dumps({"part": part, **row, **about})
                 print(line, f"# {time.perf_counter() - begin:.1f} s", flush=True)
                 print(line, file=file, flush=True)
             gc.collect()

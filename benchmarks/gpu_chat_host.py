@@ -42,20 +42,20 @@ class _Timer:
         self.times.append((time.perf_counter() - begin) * 1e6)
         return result
 
-    @property
-    def us(self) -> float:
-        """The median, the first ten left out where there are more."""
-        return round(statistics.median(self.times[10:] or self.times), 1)
-
 
 def host_rows(engine: Engine, num_steps: int) -> dict[str, float]:
     """Times the parts of decode steps of everything that runs; all of it must be decoding.
 
+    The speed of a machine's CPU may change from one second to the next. So steps and bare forwards take turns, and a
+    share is the median of those of neighbours.
+
     Returns:
-        Microseconds: `schedule` (admission, extending), `prepare` (tensors, packing, planning), `forward` until the
-        model's call returns, `publish_and_accept`, `forward_without_attention`. `host` is all that the CPU does in a
-        step and `added` what that is more than the last, with their shares of it: where decoding is a CUDA graph, the
-        forward itself is gone. `step` is a whole step by the clock, the device's time included.
+        Microseconds, medians: `schedule` (admission, extending), `prepare` (tensors, packing, planning), `forward`
+        until the model's call returns, `sample` until the tokens are on the CPU, `publish_and_accept`,
+        `forward_without_attention`. `host` is all that the CPU does in a step and `added` what that is more than the
+        last, with their shares of it: where decoding is one CUDA graph, the forward itself is gone. `added_share_low`
+        and `added_share_high` are the quartiles of the latter. `step` is a whole step by the clock, the device's time
+        included.
     """
     device = engine.shape.device
     steps = []
@@ -67,29 +67,44 @@ def host_rows(engine: Engine, num_steps: int) -> dict[str, float]:
         (engine.scheduler, "next_batch"),
         (engine.runner, "prepare"),
         (engine.runner, "forward"),
+        (engine, "_families"),
+        (engine, "_sample"),
         (engine.scheduler, "done"),
         (engine, "_accept"),
     ]
     timers = {name: _Timer(getattr(owner, name), device) for owner, name in owners}
-    restore = [_replace(owner, name, timers[name]) for owner, name in owners]
+    bare = _Timer(_forward_without_attention(engine), device)
     for _ in range(num_steps):
+        restore = [_replace(owner, name, timers[name]) for owner, name in owners]
         engine.step()
-    for undo in restore:
-        undo()
-    parts = {name: timer.us for name, timer in timers.items()}
-    bare = _forward_without_attention(engine, num_steps)
-    host = sum(parts.values())
+        for undo in restore:
+            undo()
+        bare()
+    return {"step_us": round(statistics.median(steps), 1)} | _rows(timers, bare)
+
+
+def _rows(timers: dict[str, _Timer], bare: _Timer) -> dict[str, float]:
+    """The figures, the first rounds left out where there are enough."""
+    skip = 4 if len(bare.times) > 12 else 0
+    parts = {name: timer.times[skip:] for name, timer in timers.items()}
+    without = bare.times[skip:]
+    hosts = [sum(times) for times in zip(*parts.values(), strict=True)]
+    shares = sorted(host / base for host, base in zip(hosts, without, strict=True))
+    low, share, high = (shares[len(shares) * i // 4] for i in (1, 2, 3))
+    us = {name: round(statistics.median(times), 1) for name, times in parts.items()}
     return {
-        "step_us": round(statistics.median(steps), 1),
-        "schedule_us": parts["next_batch"],
-        "prepare_us": parts["prepare"],
-        "forward_us": parts["forward"],
-        "publish_and_accept_us": round(parts["done"] + parts["_accept"], 1),
-        "forward_without_attention_us": bare,
-        "host_us": round(host, 1),
-        "host_share": round(host / bare, 3),
-        "added_us": round(host - bare, 1),
-        "added_share": round(host / bare - 1, 3),
+        "schedule_us": us["next_batch"],
+        "prepare_us": us["prepare"],
+        "forward_us": us["forward"],
+        "sample_us": us["_sample"],
+        "publish_and_accept_us": round(us["_families"] + us["done"] + us["_accept"], 1),
+        "forward_without_attention_us": round(statistics.median(without), 1),
+        "host_us": round(statistics.median(hosts), 1),
+        "host_share": round(share, 3),
+        "added_us": round(statistics.median(h - b for h, b in zip(hosts, without, strict=True)), 1),
+        "added_share": round(share - 1, 3),
+        "added_share_low": round(low - 1, 3),
+        "added_share_high": round(high - 1, 3),
     }
 
 
@@ -104,17 +119,14 @@ def _replace(owner: Any, name: str, timer: _Timer) -> Callable[[], None]:  # noq
     return lambda: setattr(owner, name, original)
 
 
-def _forward_without_attention(engine: Engine, num_steps: int) -> float:
+def _forward_without_attention(engine: Engine) -> Callable[[], None]:
     model, rows = engine.model, engine.num_running
     ids = torch.full((1, rows), 5, device=engine.shape.device)
-    if model.config._attn_implementation != NAME:
-        model.set_attn_implementation(NAME)
 
     def forward() -> None:
+        if model.config._attn_implementation != NAME:
+            model.set_attn_implementation(NAME)
         with torch.inference_mode():
             model(input_ids=ids, position_ids=ids, use_cache=False, radix_step=_NoAttention)
 
-    timer = _Timer(forward, engine.shape.device)
-    for _ in range(num_steps):
-        timer()
-    return timer.us
+    return forward

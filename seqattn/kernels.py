@@ -23,7 +23,7 @@ from triton.runtime import driver
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Launcher"]
+__all__ = ["Launcher", "can_repeat", "power_of_2"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton ships no types
@@ -169,7 +169,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self._compiled: dict[tuple[object, ...], Any] = {}
-        self._can_repeat = triton.__version__.startswith(_LOOKED_AT)
+        self._can_repeat = can_repeat()
 
     def gather_queries(self, q: torch.Tensor, codes: torch.Tensor, out: torch.Tensor, heads_each: int) -> None:
         """Writes rows of `q` to `out`, each in the way its code says.
@@ -182,7 +182,7 @@ class Launcher:
         """
         _, num_heads, head_dim = q.shape
         row_stride, head_stride, _ = q.stride()
-        block = _power_of_2(num_heads * head_dim, 2048)
+        block = power_of_2(num_heads * head_dim, 2048)
         grid = (codes.shape[0], -(-num_heads * head_dim // block), 1)
         numbers = (row_stride, head_stride, num_heads, heads_each, head_dim, block)
         self._launch(_gather, grid, (q, out, codes, *numbers), (q.dtype, q.data_ptr() % 16, *numbers))
@@ -210,8 +210,8 @@ class Launcher:
             heads_each: query heads that share a KV head.
         """
         num_rows, num_heads, head_dim = out.shape
-        dim_block = _power_of_2(head_dim, 1024)
-        head_block = _power_of_2(num_heads, max(1, 1024 // dim_block))
+        dim_block = power_of_2(head_dim, 1024)
+        head_block = power_of_2(num_heads, max(1, 1024 // dim_block))
         grid = (num_rows, -(-num_heads // head_block), 1)
         sizes = (num_heads, heads_each, head_dim, head_block, dim_block)
         self._launch(_merge, grid, (part_out, part_lse, indptr, codes, out, lse, *sizes), (out.dtype, *sizes))
@@ -227,7 +227,7 @@ class Launcher:
         """
         num_layers, _, _, num_heads, head_words = keys.shape
         num_words, num_copies = most * num_heads * head_words, table.shape[1]
-        block = _power_of_2(num_heads * head_words, 1024)
+        block = power_of_2(num_heads * head_words, 1024)
         grid = (num_copies, -(-num_words // block), 2 * num_layers)
         numbers = (*keys.stride()[:4], num_heads, head_words, block)
         key = (keys.dtype, keys.data_ptr() % 16, _kind(num_copies), *numbers)
@@ -248,7 +248,7 @@ class Launcher:
         """
         keys, values = rows
         num_rows, num_heads, head_dim = keys.shape
-        block = _power_of_2(num_heads * head_dim, 1024)
+        block = power_of_2(num_heads * head_dim, 1024)
         grid = (num_rows, -(-num_heads * head_dim // block), 1)
         strides = (*keys.stride()[:2], *values.stride()[:2], *caches[0].stride()[:3])
         numbers = (*strides, num_heads, head_dim, block)
@@ -277,11 +277,16 @@ class Launcher:
 _LOOKED_AT = ("3.6",)
 
 
+def can_repeat() -> bool:
+    """Whether what a launch returns can be launched again as it is."""
+    return str(triton.__version__).startswith(_LOOKED_AT)
+
+
 def _kind(n: int) -> int:
     """What Triton compiles anew for in a number: 1, a multiple of 16, or any other."""
     return 1 if n == 1 else 16 if n % 16 == 0 else 0
 
 
-def _power_of_2(n: int, most: int) -> int:
+def power_of_2(n: int, most: int) -> int:
     """The least power of two that is not below n; at most `most`, itself one."""
     return min(1 << (n - 1).bit_length(), most)

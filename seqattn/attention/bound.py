@@ -1,4 +1,4 @@
-"""A wrapper's `run` without what it does anew at each call.
+"""A wrapper's `run`, and its `plan`, without what they do anew at each call.
 
 Between a wrapper's `run` and its kernel lie checks and some fifty arguments, of which only the queries, the layer's
 keys and values and the results change from layer to layer:
@@ -8,19 +8,20 @@ keys and values and the results change from layer to layer:
     other layers   the same function, the same arguments but for these five
 
 What is noted is found by identity, so the order of arguments, which differs from version to version, does not matter. A
-wrapper that calls its kernel in another way is run as it is, each time.
+wrapper that calls its kernel in another way is run as it is, each time. Plans of a wrapper whose memory is fixed differ
+in two arrays on the CPU, and are repeated in the same way.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
-
-__all__ = ["BoundRun"]
+__all__ = ["BoundPlan", "BoundRun"]
 
 #: where a wrapper keeps the functions of its compiled kernels
 _MODULE = "_cached_module"
@@ -84,6 +85,70 @@ class BoundRun:
             self._places = tuple(found[0] for found in places)
             for place in self._places:
                 self._arguments[place] = None
+
+
+class BoundPlan:
+    """The plans of a wrapper that decodes in fixed memory, which is the caller's to write.
+
+    Args:
+        wrapper: planned once for as many sequences.
+    """
+
+    __slots__ = ("_arguments", "_function", "_is_noted", "_places", "_wrapper")
+
+    def __init__(self, wrapper: Any) -> None:  # noqa: ANN401  flashinfer's, untyped
+        self._wrapper = wrapper
+        self._function: Callable[..., object] | None = None
+        self._arguments: list[Any] = []
+        self._places: list[list[int]] = []
+        self._is_noted = False
+
+    def __call__(self, plan: Callable[[], object], indptr: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Plans; the first time by the wrapper, and again only if the call that it comes to cannot be repeated.
+
+        Args:
+            plan: makes the wrapper's plan.
+            indptr: what it gives it for the offsets of pages, int32 on the CPU.
+            lengths: likewise for the tokens of each sequence (`seq_lens`).
+        """
+        if self._function is not None:
+            arguments = self._arguments.copy()
+            for places, given in zip(self._places, (indptr, lengths), strict=True):
+                for place in places:
+                    arguments[place] = given
+            self._function(*arguments)
+        elif self._is_noted:
+            plan()
+        else:
+            self._is_noted = True
+            self._note(plan, indptr, lengths)
+
+    def _note(self, plan: Callable[[], object], indptr: torch.Tensor, lengths: torch.Tensor) -> None:
+        module = getattr(self._wrapper, _MODULE, None)
+        function = getattr(module, "plan", None)
+        if module is None or not callable(function):
+            plan()
+            return
+        recorder = _Recorder(module)
+        module.plan = recorder.plan
+        try:
+            plan()
+        finally:
+            module.plan = function
+        if len(recorder.calls) != 1:
+            return
+        arguments = list(recorder.calls[0][1])
+        places = [[i for i, given in enumerate(arguments) if given is tensor] for tensor in (indptr, lengths)]
+        # Not every kernel is told the lengths; one that is told them by another tensor would be told old ones.
+        if len(places[0]) == 1 and (len(places[1]) == 1 or not any(_equals(given, lengths) for given in arguments)):
+            self._function, self._arguments, self._places = function, arguments, places
+
+
+def _equals(given: object, lengths: torch.Tensor) -> bool:
+    """Whether an argument has the values of `lengths`, whatever its type and place."""
+    if not isinstance(given, torch.Tensor) or given.shape != lengths.shape:
+        return False
+    return torch.equal(given.to(lengths), lengths)
 
 
 class _Recorder:

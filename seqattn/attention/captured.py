@@ -15,7 +15,8 @@ from weakref import finalize
 import numpy as np
 import torch
 
-from seqattn.attention.fixed import padded
+from seqattn.attention.bound import BoundPlan
+from seqattn.attention.fixed import next_padded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CapturedStep"]
 
-_NAMES = ("qo_indptr", "kv_page_indptr", "kv_page_indices", "kv_last_page_len")
+#: the pages last: of them only those are sent that there are
+_NAMES = ("qo_indptr", "kv_page_indptr", "kv_last_page_len", "kv_page_indices")
 
 
 class _Block:
@@ -42,6 +44,7 @@ class _Block:
         self._host = torch.zeros(begins[-1], dtype=torch.int32, pin_memory=True)
         self._device = torch.zeros(begins[-1], dtype=torch.int32, device=device)
         where = {name: slice(b, b + sizes[name]) for name, b in zip(sizes, begins, strict=False)}
+        self._end = begins[-2] + next(reversed(sizes.values()))
         self.host = {name: self._host[part] for name, part in where.items()}
         self.device = {name: self._device[part] for name, part in where.items()}
 
@@ -51,9 +54,10 @@ class _Block:
         target.numpy()[:] = values
         return target
 
-    def send(self) -> None:
-        """Copies all arrays to the device."""
-        self._device.copy_(self._host, non_blocking=True)
+    def send(self, num_left: int = 0) -> None:
+        """Copies the arrays to the device, but for so many numbers at the end of the last one."""
+        end = self._end - num_left
+        self._device[:end].copy_(self._host[:end], non_blocking=True)
 
 
 class CapturedStep:
@@ -76,6 +80,9 @@ class CapturedStep:
         self._codes = _Block(sizes, device)
         self._blocks: list[_Block] = []
         self._wrappers: list[Wrapper] = []
+        self._plans: list[BoundPlan | None] = []
+        self._last: tuple[Work, Work] | None = None  # the step before, and what it was padded to
+        self._codes_of: object = None  # the array of the codes that are on the device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: Any = None
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -111,7 +118,8 @@ class CapturedStep:
             finally:  # memory that is given back is not used anew before that
                 main.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            # What other threads do meanwhile is theirs.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._outputs = model(self, self._inputs)
         self._graph = graph
 
@@ -134,7 +142,8 @@ class CapturedStep:
 
     def _write(self, work: Work, places: npt.NDArray[np.int32], inputs: Sequence[torch.Tensor]) -> None:
         """Brings a step into the fixed memory; waits until the copies of the step before are done."""
-        work = padded(work, self.form, self._backend.heads_each)
+        filled = next_padded(self._last, work, self.form, self._backend.heads_each)
+        self._last, work = (work, filled), filled
         with torch.cuda.device(self._backend.device):
             self._copied.synchronize()
             try:
@@ -148,15 +157,16 @@ class CapturedStep:
         filled = np.full((2, self.form.num_rows), -1, dtype=np.int32)
         filled[:, : places.shape[1]] = places
         self._codes.write("places", filled.ravel())
-        if not self.form.direct:
+        if not self.form.direct and work.part_codes is not self._codes_of:
+            self._codes_of = work.part_codes
             for name in ("query_codes", "part_indptr", "part_codes"):
                 self._codes.write(name, getattr(work, name))
         self._codes.send()
         if not self._wrappers:
             self._make(work)
-        for call, form, wrapper, block in zip(work.calls, self.form.calls, self._wrappers, self._blocks, strict=True):
-            if not form.tables and not wrapper.is_planned_for(call):
-                self._plan(call, wrapper, block)
+        for i, call in enumerate(work.calls):
+            if not self.form.calls[i].tables and not self._wrappers[i].is_planned_for(call):
+                self._plan(call, i)
         if self._prepared is None:
             codes = [self._codes.device[name] for name in ("query_codes", "part_indptr", "part_codes")]
             self._prepared = self._backend.prepared(work, self._wrappers, codes, is_fixed=True)
@@ -165,21 +175,36 @@ class CapturedStep:
         """A wrapper for each call; those of calls that never change are planned here."""
         wrappers = self._backend.sets[0]
         for i, (call, form) in enumerate(zip(work.calls, self.form.calls, strict=True)):
-            sizes = (form.num_groups + 1, form.num_groups + 1, form.num_pages, form.num_groups)
+            sizes = (form.num_groups + 1, form.num_groups + 1, form.num_groups, form.num_pages)
             block = _Block(dict(zip(_NAMES, sizes, strict=True)), self._backend.device)
+            self._blocks.append(block)
             lane = work.lane(i)
             if form.tables:
                 self._wrappers.append(wrappers.single(call, lane))
-                self._plan(call, self._wrappers[-1], block)
+                self._plans.append(None)
+                self._plan(call, i)
             else:
                 self._wrappers.append(wrappers.fixed(call, lane, block.device))
-            self._blocks.append(block)
+                self._plans.append(BoundPlan(self._wrappers[-1].made) if call.kernel == "decode" else None)
 
-    def _plan(self, call: KernelCall, wrapper: Wrapper, block: _Block) -> None:
-        """Sends a call's arrays; the pages here, the others by the wrapper's plan."""
-        tables = [block.write(name, getattr(call, name)) for name in _NAMES]
-        pages = block.device["kv_page_indices"][: len(call.kv_page_indices)]
-        pages.copy_(tables[2], non_blocking=True)
-        wrapper.begin()
-        options = self._backend.sets[0].options(call) if call.kernel == "decode" else {}
-        self._backend.plan_call(wrapper, call, (tables[0], tables[1], pages, tables[3]), **options)
+    def _plan(self, call: KernelCall, i: int) -> None:
+        """Sends a call's arrays, and plans its wrapper."""
+        wrapper, block, bound = self._wrappers[i], self._blocks[i], self._plans[i]
+        qo_indptr, indptr, last, pages = (block.write(name, getattr(call, name)) for name in _NAMES)
+        block.send(len(block.host["kv_page_indices"]) - len(pages))
+        tables = (qo_indptr, indptr, block.device["kv_page_indices"][: len(pages)], last)
+        if bound is None:
+            wrapper.begin()
+            self._backend.plan_call(wrapper, call, tables)
+            return
+        lengths = torch.from_numpy(call.lens(self._backend.manager.page_size))
+
+        def plan() -> None:
+            options = self._backend.sets[0].options(call) | {"seq_lens": lengths}
+            wrapper.begin()
+            self._backend.plan_call(wrapper, call, tables, **options)
+
+        if self._prepared is None:  # the wrapper loads its kernels with its first plan
+            plan()
+        else:
+            bound(plan, indptr, lengths)

@@ -16,6 +16,7 @@ groups and pages as they are, and these belong to the form: another prefix makes
 
 from __future__ import annotations
 
+from operator import is_
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     Int32Array = npt.NDArray[np.int32]
 
-__all__ = ["CallForm", "Sizes", "StepForm", "form_of", "nothing", "padded"]
+__all__ = ["CallForm", "Sizes", "StepForm", "form_of", "next_padded", "nothing", "padded"]
 
 #: fa2 takes its largest tiles for groups with more rows than this, times the query heads of a KV head
 _MOST_SMALL_ROWS = 64
@@ -134,9 +135,30 @@ def padded(work: Work, form: StepForm, heads_each: int) -> Work:
     return Work(tuple(calls), query_codes, np.concatenate([work.part_indptr, end]), part_codes, num_parts, direct=False)
 
 
+def next_padded(last: tuple[Work, Work] | None, work: Work, form: StepForm, heads_each: int) -> Work:
+    """`padded`, of which only the last call is made anew if all else is what it was.
+
+    Args:
+        last: a step of the form before padding and after, or None.
+        work: the step.
+        form: of both.
+        heads_each: query heads that share a KV head.
+    """
+    if last is None or work.part_codes is not last[0].part_codes or len(work.calls) != len(last[0].calls):
+        return padded(work, form, heads_each)
+    if work.direct or not all(map(is_, work.calls[:-1], last[0].calls[:-1])):
+        return padded(work, form, heads_each)
+    old, size = last[1].calls[-1], form.calls[-1]
+    call = _filled(work.calls[-1], size, heads_each if size.by_group else 1)
+    call = evolve(call, first_query=old.first_query, first_part=old.first_part, num_rows=old.num_rows)
+    return evolve(last[1], calls=(*last[1].calls[:-1], call))
+
+
 def _filled(call: KernelCall, size: CallForm, rows_each: int) -> KernelCall:
     """The call with groups of padding, each over one token of page 0; `rows_each` rows for a query row."""
     missing = size.num_groups - len(call.kv_last_page_len)
+    if not missing and call.kernel == "decode":
+        return call
     if call.kernel == "decode":
         more_rows = call.qo_indptr[-1] + np.arange(1, missing + 1)
     else:

@@ -33,9 +33,9 @@ import torch
 from seqattn.append import side_by_side
 from seqattn.attention.calls import KernelCall, Work, is_next, next_work, work_of
 from seqattn.attention.choice import choose, own_of, what_matters
-from seqattn.attention.views import LayerViews
 from seqattn.attention.prepared import Form, Prepared, Scratch, scratch_for
 from seqattn.attention.streams import Streams
+from seqattn.attention.views import LayerViews
 from seqattn.attention.wrappers import Wrapper, WrapperSet
 from seqattn.constants import Chip, constants_for
 from seqattn.device import Heads
@@ -216,7 +216,8 @@ class FlashInferBackend:
         if call.span is not None:
             wrapper.made.plan(tables[0], manager.page_size * tables[1], *sizes, causal=call.causal, **common)
         elif call.kernel == "decode":
-            common["seq_lens"] = torch.from_numpy(call.lens(manager.page_size))  # flashinfer would take torch to it
+            if "seq_lens" not in common:  # flashinfer would take torch to it
+                common["seq_lens"] = torch.from_numpy(call.lens(manager.page_size))
             wrapper.made.plan(*tables[1:], *sizes, manager.page_size, **common)
         else:
             wrapper.made.plan(*tables, *sizes, manager.page_size, causal=call.causal, **common)

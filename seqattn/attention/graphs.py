@@ -140,23 +140,31 @@ class DecodeGraphs(Generic[Out]):
         Nothing is written if any of these is raised. Cost on the CPU: that of `PagedAttention.plan`; waits for the
         copies of the step before, not for its kernels.
         """
-        manager = self.attention.manager
-        plan = self._planner.plan(data, None, causal=True)
-        if plan.num_rows and not plan.levels[-1].decodes:
-            raise LengthError("a decode step has one query row for each sequence: pack it with query_lens=None")
-        for tensor in inputs:
-            _check_input(tensor, plan.num_rows, manager.device)
-        places = _new_places(plan)
-        manager.check_writable(places[0])
-        refuse_twice(places[0])
+        plan, places = self._checked(data, inputs)
         found = self._fitting(plan, places, inputs)
         if found is None:
             self.num_eager += 1
-            return self._eager(data, places, inputs)
+            step_without = self._without_graph(data, places)
+            with torch.no_grad():
+                return self.model(step_without, *inputs)
         self.num_replays += 1
         step, work = found
         outputs: Out = _first_rows(step.replay(work, places, inputs), plan.num_rows)
         return outputs
+
+    def _checked(
+        self, data: FlashInferPackedData | FlashInferHybridData, inputs: Sequence[torch.Tensor]
+    ) -> tuple[BatchPlan, Int32Array]:
+        """A step as levels, and where its new tokens go; raises what `replay` does."""
+        plan = self._planner.plan(data, None, causal=True)
+        if plan.num_rows and not plan.levels[-1].decodes:
+            raise LengthError("a decode step has one query row for each sequence: pack it with query_lens=None")
+        for tensor in inputs:
+            _check_input(tensor, plan.num_rows, self.attention.manager.device)
+        places = _new_places(plan)
+        self.attention.manager.check_writable(places[0])
+        refuse_twice(places[0])
+        return plan, places
 
     def _fitting(
         self, plan: BatchPlan, places: Int32Array, inputs: Sequence[torch.Tensor]
@@ -175,25 +183,41 @@ class DecodeGraphs(Generic[Out]):
             seen = self._seen[key] = self._seen.pop(key, 0) + 1
             if len(self._seen) > self._max_graphs:
                 self._seen.popitem(last=False)
-            if seen < self._capture_after:
+            if seen < self._steps_before(form):
                 return None
             step = self._captured(form, work, places, inputs)
         self._steps.move_to_end(key)
         return step, work
 
-    def _captured(self, form: StepForm, work: Work, places: Int32Array, inputs: Sequence[torch.Tensor]) -> CapturedStep:
-        from seqattn.attention.captured import CapturedStep
+    def _steps_before(self, form: StepForm) -> int:  # noqa: ARG002  subclasses look at it
+        """Steps of a form that are seen before it is captured."""
+        return self._capture_after
 
+    def _captured(self, form: StepForm, work: Work, places: Int32Array, inputs: Sequence[torch.Tensor]) -> CapturedStep:
         if self._on is None:
             self._on = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._backend.device)  # type: ignore[no-untyped-call]
-        step = CapturedStep(self._backend, form, inputs)
-        step.capture(self._run_captured, self._on, work, places, inputs)
+        step = self._recorded(form, self._on, work, places, inputs)
         key = _key(form, inputs)
         self._steps[key] = step
         self._seen.pop(key, None)
         self.num_captures += 1
         if len(self._steps) > self._max_graphs:
             self._steps.popitem(last=False)
+        return step
+
+    def _recorded(
+        self,
+        form: StepForm,
+        on: tuple[Any, torch.cuda.Stream],
+        work: Work,
+        places: Int32Array,
+        inputs: Sequence[torch.Tensor],
+    ) -> CapturedStep:
+        """A new graph of a form, that of the whole model; the arguments are those of `CapturedStep.capture`."""
+        from seqattn.attention.captured import CapturedStep
+
+        step = CapturedStep(self._backend, form, inputs)
+        step.capture(self._run_captured, on, work, places, inputs)
         return step
 
     def _run_captured(self, step: CapturedStep, inputs: Sequence[torch.Tensor]) -> Out:
@@ -205,15 +229,11 @@ class DecodeGraphs(Generic[Out]):
 
         return self.model(DecodeStep(self.attention.manager, step.places, attend, self._launcher), *inputs)
 
-    def _eager(
-        self, data: FlashInferPackedData | FlashInferHybridData, places: Int32Array, inputs: Sequence[torch.Tensor]
-    ) -> Out:
+    def _without_graph(self, data: FlashInferPackedData | FlashInferHybridData, places: Int32Array) -> DecodeStep:
         self.attention.plan(data)
         manager = self.attention.manager
         on_device = sent(places, manager.device)
-        step = DecodeStep(manager, on_device, lambda q, layer: self.attention.run(q, layer=layer), self._launcher)
-        with torch.no_grad():
-            return self.model(step, *inputs)
+        return DecodeStep(manager, on_device, lambda q, layer: self.attention.run(q, layer=layer), self._launcher)
 
 
 def _key(form: StepForm, inputs: Sequence[torch.Tensor]) -> tuple[object, ...]:

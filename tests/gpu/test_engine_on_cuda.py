@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from radix import PrefixCache
 from radix.integrations.transformers import Engine, Sampling, manager_for
+from radix.integrations.transformers.decoding import Decoder, GraphSizes
 from radix.integrations.transformers.runner import Packing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -48,7 +50,7 @@ def engine_of(
     num_pages: int,
     packing: Packing = "hybrid",
     max_requests: int = 16,
-    graph_sizes: tuple[int, ...] = (),
+    graph_sizes: GraphSizes = None,
 ) -> Engine:
     cache = PrefixCache(manager_for(model, num_pages=num_pages))
     return Engine(
@@ -62,26 +64,36 @@ def engine_of(
     )
 
 
-@pytest.mark.parametrize("packing", ["plain", "hybrid"])
-@pytest.mark.parametrize("graph_sizes", [(), (4, 16)])
-def test_logits_are_those_without_a_cache_up_to_bfloat16(
-    models: tuple[Any, Any], packing: Packing, graph_sizes: tuple[int, ...]
-) -> None:
-    served, alone = models
+def num_replays(decoder: Decoder | None) -> int:
+    """Steps of graphs, of either kind."""
+    assert decoder is not None
+    return sum(graphs.num_replays for graphs in (decoder.whole, decoder.layers) if graphs is not None)
+
+
+def expect_logits_of(
+    alone: Any,  # noqa: ANN401  of transformers
+    served: Any,  # noqa: ANN401  likewise
+    packing: Packing,
+    graph_sizes: GraphSizes,
+) -> Decoder | None:
+    """Twelve requests on one prefix, one of whose steps is compared; returns what computed it."""
     system = prompt(1, 700)
     prompts = [system + prompt(2 + i, 10 + 7 * i) for i in range(12)]
     with engine_of(served, 400, packing, graph_sizes=graph_sizes) as engine:
         assert engine.runner.attention.backend == "flashinfer"
         engine.generate([system], max_new_tokens=1)
-        requests = [engine.submit(ids, max_new_tokens=9, stop_tokens=()) for ids in prompts]
+        most = 100 if graph_sizes == "auto" else 40  # it waits for a form to come again before it captures it
+        requests = [engine.submit(ids, max_new_tokens=most, stop_tokens=()) for ids in prompts]
         seen: list[torch.Tensor] = []
-        while not all(len(request.tokens) > 4 for request in requests):
+        while not all(len(request.tokens) > most - 10 for request in requests):
             engine.step()
         forward = engine.runner.forward
         engine.runner.forward = lambda step: seen.append(forward(step).float()) or seen[-1]  # type: ignore[func-returns-value,method-assign]
         before = [len(request.tokens) for request in requests]
+        decoder = engine.runner.decoder
+        num_before = num_replays(decoder) if graph_sizes is not None else 0
         engine.step()
-        assert engine.runner.graphs is None or engine.runner.graphs.num_replays > 0
+        assert graph_sizes is None or num_replays(decoder) > num_before
         engine.wait(requests)
         engine.cache.check()
     for row, request, num in zip(seen[0], requests, before, strict=True):
@@ -89,10 +101,71 @@ def test_logits_are_those_without_a_cache_up_to_bfloat16(
         with torch.no_grad():
             want = alone(ids).logits[0, -1].float()
         assert float((row - want).norm() / want.norm()) < 2e-2
+    return decoder
 
 
-@pytest.mark.parametrize("graph_sizes", [(), (1, 2, 4, 8)])
-def test_nothing_is_lost_where_pages_are_short(models: tuple[Any, Any], graph_sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("packing", ["plain", "hybrid"])
+@pytest.mark.parametrize("graph_sizes", [None, (), (4, 16), "auto"], ids=str)
+def test_logits_are_those_without_a_cache_up_to_bfloat16(
+    models: tuple[Any, Any], packing: Packing, graph_sizes: GraphSizes
+) -> None:
+    served, alone = models
+    decoder = expect_logits_of(alone, served, packing, graph_sizes)
+    assert decoder is None or (decoder.whole is not None) == (graph_sizes != ())
+
+
+@pytest.mark.parametrize("looks", [lambda rows: rows.sum().item(), lambda _: torch.cuda.synchronize()])
+def test_a_model_that_cannot_be_captured_goes_on_without(
+    models: tuple[Any, Any], looks: Callable[[torch.Tensor], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    served, alone = models
+
+    def hook(_: object, __: object, rows: torch.Tensor) -> torch.Tensor:
+        looks(rows)
+        return rows
+
+    with caplog.at_level("WARNING", logger="radix"):
+        handle = served.model.norm.register_forward_hook(hook)
+        try:
+            decoder = expect_logits_of(alone, served, "hybrid", "auto")
+        finally:
+            handle.remove()
+    assert decoder is not None
+    assert decoder.whole is None
+    assert len(caplog.records) == 1
+    assert "LlamaForCausalLM decodes without a graph" in caplog.text
+    assert torch.randn(8, device="cuda").isfinite().all(), "random numbers are drawn as before"
+    decoder = expect_logits_of(alone, served, "hybrid", "auto")
+    assert decoder is not None
+    assert decoder.whole is not None, "another engine captures"
+
+
+def test_a_mixture_of_experts_is_served() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra chat")
+    config = transformers.MixtralConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=128,
+        num_local_experts=4,
+        sliding_window=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    served, alone = (transformers.MixtralForCausalLM(config).to("cuda:0", torch.bfloat16).eval() for _ in range(2))
+    alone.load_state_dict(served.state_dict())
+    for packing in ("plain", "hybrid"):
+        decoder = expect_logits_of(alone, served, packing, "auto")
+        assert decoder is not None
+        print(packing, "one graph" if decoder.whole is not None else "graphs of its attention")
+
+
+@pytest.mark.parametrize("graph_sizes", [None, (), (1, 2, 4, 8), "auto"], ids=str)
+def test_nothing_is_lost_where_pages_are_short(models: tuple[Any, Any], graph_sizes: GraphSizes) -> None:
     served, _ = models
     with engine_of(served, 64, max_requests=8, graph_sizes=graph_sizes) as engine:
         requests = [engine.submit(prompt(i, 60 + 11 * i), max_new_tokens=60, stop_tokens=()) for i in range(20)]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import chat_baseline, gpu_chat
+from benchmarks.gpu_chat_ways import PAIRS
 
 pytest.importorskip("transformers", reason="needs the extra chat")
 
@@ -58,12 +59,15 @@ def test_the_parts_for_the_gpu_run_and_lose_no_page(
     rows = rows_of(gpu_chat.main, monkeypatch, tmp_path / "chat.jsonl", *options)
     assert not [row for row in rows if "error" in row]
     by_part = {part: [row for row in rows if row["part"] == part] for part in parts}
-    (agree,), (replay,) = by_part["agree"], by_part["replay"]
-    assert agree["tokens"] == gpu_chat.TINY.batch * gpu_chat.TINY.steps
-    assert agree["equal"] + agree["different"] == agree["tokens"]
+    (replay,) = by_part["replay"]
+    assert [(row["way"], row["against"]) for row in by_part["agree"]] == PAIRS
+    for agree in by_part["agree"]:
+        assert agree["tokens"] == gpu_chat.TINY.batch * gpu_chat.TINY.steps
+        assert agree["equal"] + agree["different"] == agree["tokens"]
+        assert agree["mean_relative_error"] < 1e-5, "in float32 every way is the truth"
     assert (replay["requests"], replay["finished"], replay["pages_lost"]) == (30, 30, 0)
     assert replay["cached_tokens"] == 20 * 32, "two pages of each prefix, for two of its three requests"
-    assert [(row["packing"], row["in_graph"]) for row in by_part["decode"]] == gpu_chat.VARIANTS
+    assert [(row["packing"], row["graphs"]) for row in by_part["decode"]] == gpu_chat.VARIANTS
     assert [row["cached"] for row in by_part["first"]] == list(gpu_chat.TINY.cached)
 
 

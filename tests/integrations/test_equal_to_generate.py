@@ -139,8 +139,9 @@ def test_answers_are_equal_where_decoding_goes_through_graphs(kind: str) -> None
     for packing in ("plain", "hybrid"):
         engine = engine_for(kind, packing=packing, graph_sizes=(1, 8), num_pages=24)
         expect_equal(engine, kind, PROMPTS)
-        assert engine.runner.graphs is not None
-        assert engine.runner.graphs.num_eager > 0, "there is no graph on the CPU, but the same way"
+        assert engine.runner.decoder is not None
+        assert engine.runner.decoder.whole is not None
+        assert engine.runner.decoder.whole.num_eager > 0, "there is no graph on the CPU, but the same way"
         check_all_free(engine)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from radix.integrations.transformers import Engine, Request, Sampling
 from radix.integrations.transformers.attention import Step
-from radix.integrations.transformers.graphs import GraphStep
+from radix.integrations.transformers.decoding import GraphStep
 from radix.integrations.transformers.scheduler import Growth
 from seqattn import FlashInferHybridData
 from seqattn.hybrid import check_hybrid

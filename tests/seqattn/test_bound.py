@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from seqattn.attention.bound import BoundRun
+from seqattn.attention.bound import BoundPlan, BoundRun
 
 
 class Wrapper:
@@ -98,3 +98,55 @@ def test_nothing_is_kept_alive_between_layers() -> None:
     q, caches, out, lse = tensors(0)
     bound(q, caches, out, lse)
     assert not any(isinstance(argument, torch.Tensor) for argument in bound._arguments)
+
+
+class Planned:
+    """A wrapper whose plan comes to one call of its module, with the arrays that it is given somewhere in it."""
+
+    def __init__(self, *, copies: bool = False, with_lengths: bool = True, counts: bool = False) -> None:
+        self.counts = counts
+        self.calls: list[tuple[Any, ...]] = []
+        self.num_plans = 0
+        self.how = (copies, with_lengths)
+        self._cached_module: Any = SimpleNamespace(plan=lambda *arguments: self.calls.append(arguments))
+
+    def plan(self, indptr: torch.Tensor, lengths: torch.Tensor) -> None:
+        self.num_plans += 1
+        copies, with_lengths = self.how
+        indptr = indptr.clone() if copies else indptr
+        lengths = lengths.int() if self.counts else lengths
+        self._cached_module.plan("workspace", indptr, *([lengths] if with_lengths else []), 7)
+
+
+def _text(given: object) -> str:
+    return str(given.tolist() if isinstance(given, torch.Tensor) else given)
+
+
+def plan(wrapper: Planned) -> None:
+    bound, module = BoundPlan(wrapper), wrapper._cached_module.plan
+    for step in range(4):
+        indptr, lengths = torch.full((3,), step), torch.full((2,), 10 * step)
+        bound(lambda: wrapper.plan(indptr, lengths), indptr, lengths)  # noqa: B023  called at once
+        wanted = ("workspace", indptr, *([lengths] if wrapper.how[1] else []), 7)
+        assert len(wrapper.calls) == step + 1
+        assert [_text(given) for given in wrapper.calls[-1]] == [_text(given) for given in wanted]
+        assert wrapper._cached_module.plan is module
+
+
+def test_only_the_first_plan_goes_through_the_wrapper() -> None:
+    for with_lengths in (True, False):
+        wrapper = Planned(with_lengths=with_lengths)
+        plan(wrapper)
+        assert wrapper.num_plans == 1
+
+
+def test_a_plan_that_copies_its_arrays_is_made_by_the_wrapper_each_time() -> None:
+    wrapper = Planned(copies=True)
+    plan(wrapper)
+    assert wrapper.num_plans == 4
+
+
+def test_a_plan_that_finds_the_lengths_by_itself_is_made_by_the_wrapper_each_time() -> None:
+    wrapper = Planned(counts=True)
+    plan(wrapper)
+    assert wrapper.num_plans == 4

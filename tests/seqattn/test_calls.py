@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from seqattn.attention.calls import Choice, KernelCall, Work, is_next, next_work, work_of
 from seqattn.attention.choice import choose
 from seqattn.attention.flashinfer_backend import FlashInferBackend
-from seqattn.attention.views import LayerViews
 from seqattn.attention.plan import BatchPlan, Planner, plan_batch
 from seqattn.attention.torch_backend import merge_states
+from seqattn.attention.views import LayerViews
 from seqattn.cache import PagedKVCacheManager
 from seqattn.device import Device, Groups, Heads
 from seqattn.hybrid import pack_hybrid

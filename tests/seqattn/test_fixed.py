@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from attrs import evolve
+from attrs import evolve, fields
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqattn.attention.calls import Choice, Work, work_of
-from seqattn.attention.fixed import Sizes, StepForm, form_of, nothing, padded
+from seqattn.attention.calls import Choice, KernelCall, Work, next_work, work_of
+from seqattn.attention.fixed import Sizes, StepForm, form_of, next_padded, nothing, padded
 from seqattn.attention.plan import BatchPlan, plan_batch
 from seqattn.cache import PagedKVCacheManager
 from seqattn.hybrid import pack_hybrid
@@ -173,3 +173,39 @@ def test_nothing_is_all_padding() -> None:
     assert call.qo_indptr.tolist() == call.kv_page_indptr.tolist() == [0, 1, 2, 3, 4]
     assert call.kv_page_indices.tolist() == [0] * 4
     assert call.kv_last_page_len.tolist() == [1] * 4
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two works, or parts of them, hold the same numbers."""
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, np.asarray(b))
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, (Work, KernelCall)):
+        return all(same(getattr(a, field.name), getattr(b, field.name)) for field in fields(type(a)))
+    return a == b
+
+
+def test_of_the_next_step_only_the_last_call_is_padded_anew() -> None:
+    ways = [Choice("fa3", 2), Choice("decode")]
+    for num_rows in (5, 8):
+        first = step(shared(5), ways)
+        form = first.form(num_rows)
+        last = first.work, padded(first.work, form, HEADS_EACH)
+        grown = next_work(first.work, step([[*row, 30 + i] for i, row in enumerate(shared(5))], ways, [1] * 5).plan)
+        found = next_padded(last, grown, form, HEADS_EACH)
+        assert same(found, padded(grown, form, HEADS_EACH))
+        assert found.calls[0] is last[1].calls[0]
+        assert found.part_codes is last[1].part_codes
+
+
+def test_a_step_that_does_not_follow_is_padded_in_full() -> None:
+    ways = [Choice("fa3", 2), Choice("decode")]
+    first, other = step(shared(5), ways), step(shared(6, (6, 7, 8, 9)), ways)
+    form = first.form(8)
+    last = first.work, padded(first.work, form, HEADS_EACH)
+    for before in (None, last):
+        assert same(next_padded(before, other.work, form, HEADS_EACH), padded(other.work, form, HEADS_EACH))
+    direct = step([[20 + i] for i in range(5)], [Choice("decode")])
+    last = direct.work, padded(direct.work, direct.form(8), HEADS_EACH)
+    assert same(next_padded(last, direct.work, direct.form(8), HEADS_EACH), last[1])

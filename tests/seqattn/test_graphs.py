@@ -192,7 +192,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     found = SimpleNamespace(main=FakeStream(), recorded=[], is_recording=False)
 
     @contextmanager
-    def graph(_: object, *, pool: object, stream: object) -> Iterator[None]:
+    def graph(_: object, *, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local", "other threads may go on"
         found.recorded.append((pool, stream))
         found.is_recording = True
         yield

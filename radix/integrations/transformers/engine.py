@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self, Unpack
 
+    from radix.integrations.transformers.decoding import GraphSizes
     from radix.integrations.transformers.model import Model, ModelShape
+    from radix.integrations.transformers.scheduler import Batch
     from radix.integrations.transformers.text import Prompt, Tokenizer
     from seqattn.hybrid import CostModel
 
@@ -72,8 +74,12 @@ class Engine:
         backend: of `PagedAttention`: "auto", "flashinfer" or "torch".
         packing: "hybrid" reads what requests share once a step, where that pays; "plain" reads it for each.
         cost_model: which shared runs pay; "auto" is the attention's own on CUDA, and every run elsewhere (None).
-        graph_sizes: batch sizes for which decoding is captured in CUDA graphs, (1, 8, 64) say: a batch is padded to the
-            next one. None by default: a graph is for models whose forward only launches, and takes memory.
+        graph_sizes: how decoding is captured in CUDA graphs; of no effect on the CPU.
+            "auto": a batch size when it has been decoded for some steps. A model that cannot be captured, as its code
+            looks at values, goes on without, and one logged line says why; its attention still runs in graphs.
+            Batch sizes, (1, 8, 64) say: these, as they come; a batch is padded to the next one. A model that cannot be
+            captured raises `CaptureError`.
+            (): only the attention of each layer. None: nothing, where other threads use the device at the same time.
         name: requests without an id get the ids "NAME 0", "NAME 1", …
         clock: seconds, for the figures of requests.
 
@@ -104,7 +110,7 @@ class Engine:
         backend: str = "auto",
         packing: Packing = "hybrid",
         cost_model: CostModel | Literal["auto"] | None = "auto",
-        graph_sizes: Sequence[int] = (),
+        graph_sizes: GraphSizes = "auto",
         name: str = "request",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -113,7 +119,13 @@ class Engine:
         if budget < most:
             raise BadValueError(f"max_tokens_per_step {budget} is below max_requests {most}: each needs a token a step")
         self.runner = Runner(
-            model, cache, backend=backend, packing=packing, cost_model=cost_model, graph_sizes=graph_sizes
+            model,
+            cache,
+            backend=backend,
+            packing=packing,
+            cost_model=cost_model,
+            graph_sizes=graph_sizes,
+            max_requests=most,
         )
         self.model, self.tokenizer, self.cache = model, tokenizer, cache
         self.shape: ModelShape = self.runner.shape
@@ -267,11 +279,7 @@ class Engine:
             try:
                 step = self.runner.prepare(batch)
                 logits = self.runner.forward(step)
-                families = [
-                    request.family()
-                    for request, size in zip(batch.requests, batch.num_new, strict=True)
-                    if request.num_done + size >= len(request.todo)
-                ]
+                families = self._families(batch)
                 tokens = self._sample(logits, families)
             except BaseException:
                 self.scheduler.undo(batch)
@@ -378,6 +386,15 @@ class Engine:
                 return
             self._refuse_foreign(request)
             self.step()
+
+    @staticmethod
+    def _families(batch: Batch) -> list[list[Request]]:
+        """Those that get a token in this step, each with the forks that begin with it."""
+        return [
+            request.family()
+            for request, size in zip(batch.requests, batch.num_new, strict=True)
+            if request.num_done + size >= len(request.todo)
+        ]
 
     def _sample(self, logits: torch.Tensor, families: list[list[Request]]) -> list[int]:
         """A token for each of `families`, the requests of one of which share a row of logits."""

@@ -126,6 +126,8 @@ class Request:
 
     def family(self) -> list[Request]:
         """Itself, and the forks that begin with its first token, forks of forks included."""
+        if not self.forks:
+            return [self]
         return [self, *(each for fork in self.forks if not fork.is_finished for each in fork.family())]
 
     def tokens_of_text(self) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 
 from radix.cache import PrefixCache
 from radix.integrations.transformers.attention import NAME, Step
-from radix.integrations.transformers.graphs import GraphStep, graphs_for
+from radix.integrations.transformers.decoding import GraphSizes, GraphStep, decoder_for
 from radix.integrations.transformers.model import describe
 from radix.integrations.transformers.packing import HybridPacker
 from seqattn.attention.front import PagedAttention
@@ -24,13 +24,12 @@ from seqattn.errors import BadValueError, ModelError
 from seqattn.hybrid import CostModel
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable
 
     import numpy.typing as npt
 
     from radix.integrations.transformers.model import Model
     from radix.integrations.transformers.scheduler import Batch
-    from seqattn.attention.graphs import DecodeGraphs
     from seqattn.packed import FlashInferHybridData, FlashInferPackedData
 
 __all__ = ["Packing", "Runner"]
@@ -48,7 +47,11 @@ class Runner:
         backend: of `PagedAttention`.
         packing: see `Packing`.
         cost_model: which shared runs become levels; "auto" is the attention's own on CUDA, and every run elsewhere.
-        graph_sizes: batch sizes of CUDA graphs for decoding; none by default.
+        graph_sizes: how decoding is captured in CUDA graphs; see `decoding`.
+        max_requests: the largest batch that decodes.
+
+    Attributes:
+        decoder: what computes steps in which everything decodes; None if they are like any other.
 
     Raises:
         ModelError, MissingExtraError: as `describe`.
@@ -64,7 +67,8 @@ class Runner:
         backend: str = "auto",
         packing: Packing = "hybrid",
         cost_model: CostModel | Literal["auto"] | None = "auto",
-        graph_sizes: Sequence[int] = (),
+        graph_sizes: GraphSizes = "auto",
+        max_requests: int = 64,
     ) -> None:
         _refuse_options(cache, packing, cost_model)
         self.shape = describe(model)
@@ -76,12 +80,9 @@ class Runner:
         if cost_model == "auto":
             cost_model = self.attention.cost_model if self.attention.backend == "flashinfer" else None
         self.packer = HybridPacker(cache, cost_model)
-        self.graphs: DecodeGraphs[torch.Tensor] | None = None
-        if graph_sizes:
-            most = min(
-                self.shape.max_positions or manager.num_pages * manager.page_size, manager.num_pages * manager.page_size
-            )
-            self.graphs = graphs_for(model, self.attention, graph_sizes, max_tokens=most)
+        slots = manager.num_pages * manager.page_size
+        most = min(self.shape.max_positions or slots, slots)
+        self.decoder = decoder_for(model, self.attention, graph_sizes, max_requests=max_requests, max_tokens=most)
         #: an engine that was there before has taken the model's own; this is what a model has unless told otherwise
         usual = "sdpa" if model._supports_sdpa else "eager"
         had: str = model.config._attn_implementation
@@ -97,6 +98,8 @@ class Runner:
 
         Cost: O(rows + pages).
         """
+        if self.decoder is not None and batch.decodes:
+            return self._prepare_decoding(batch)
         requests = batch.requests
         num_new = np.array(batch.num_new, dtype=np.int64)
         num_done = np.array([request.num_done for request in requests], dtype=np.int64)
@@ -111,14 +114,21 @@ class Runner:
         sent = torch.from_numpy(host).to(self.shape.device, non_blocking=True)
         tokens, positions, rows = sent[:num_rows], sent[num_rows : 2 * num_rows], sent[2 * num_rows :]
         ids, num_tokens = [request.id for request in requests], lens.tolist() if any(in_part) else None
-        if self.graphs is not None and batch.decodes:
-            return GraphStep(self._pack(ids, batch, None), tokens, positions)
         packed = self.cache.pack_for_flashinfer(ids, num_tokens=num_tokens)
         data = packed if self._is_plain(ids) else self._pack(ids, batch, num_tokens)
         self.attention.plan(data, query_lens=None if batch.decodes else batch.num_new)
         indptr = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
         wanted = rows if len(last) < num_rows else None
         return Step(self.attention, packed, indptr, tokens[None], positions[None], wanted)
+
+    def _prepare_decoding(self, batch: Batch) -> GraphStep:
+        """A step in which every request has one new token, its newest."""
+        num, requests = len(batch.requests), batch.requests
+        host = np.empty(2 * num, dtype=np.int64)
+        host[:num] = [request.tokens[-1] for request in requests]
+        host[num:] = [request.num_done for request in requests]
+        sent = torch.from_numpy(host).to(self.shape.device, non_blocking=True)
+        return GraphStep(self._pack([request.id for request in requests], batch, None), sent[:num], sent[num:])
 
     def _is_plain(self, ids: list[Hashable]) -> bool:
         return self.packing == "plain" or len(ids) == 1
@@ -146,8 +156,8 @@ class Runner:
         if self.model.config._attn_implementation != NAME:  # someone else used the model in between
             self.model.set_attn_implementation(NAME)
         if isinstance(step, GraphStep):
-            assert self.graphs is not None
-            return self.graphs.replay(step.data, step.tokens, step.positions)
+            assert self.decoder is not None
+            return self.decoder.forward(step)
         options: dict[str, Any] = {}
         if step.last_rows is not None and self.shape.keeps_logits:
             options["logits_to_keep"] = step.last_rows
