@@ -83,6 +83,9 @@ def _check_running(state: State, seq_id: object, run: Running) -> None:
         _fail(state, "C2", f"sequence {seq_id!r} holds {run!r} but its path has pages {pages.tolist()}")
     if not np.array_equal(run.tree_pages, pages):
         _fail(state, "C2", f"sequence {seq_id!r} has pages {pages.tolist()} of the tree but gives others back")
+    is_looked_at = run.may_end_shared or state.manager.was_referenced_by_hand
+    if not is_looked_at and run.last_page_len % page_size and state.manager.ref_count[run.last_page] > 1:
+        _fail(state, "S3", f"the last page of sequence {seq_id!r} is shared, and would be written: {run!r}")
     tree_key, key = path_key(run.node), run.key(run.num_ids)
     size = min(len(tree_key), len(key))
     if tree_key[:size] != key[:size]:

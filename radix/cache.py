@@ -298,7 +298,7 @@ class PrefixCache:
             let_go_after(self.state, run, -(-num_tokens // self.tree.page_size))
             self.descriptor.truncate(seq_id, num_tokens)
             run.cut_tokens(num_tokens)
-            run.may_end_shared = True
+            run.may_end_shared = num_tokens % self.tree.page_size > 0
 
     # -- ending -------------------------------------------------------------------------------------------------------
 
@@ -440,7 +440,10 @@ class PrefixCache:
     def pack_for_flashinfer(
         self, seq_ids: Sequence[Hashable], *, num_tokens: Sequence[int] | None = None
     ) -> FlashInferPackedData:
-        """The page tables of a batch; see `CacheDescriptor.pack_for_flashinfer`. Void after the next `publish`."""
+        """The page tables of a batch, not to be written to; see `CacheDescriptor.pack_for_flashinfer`.
+
+        Void after the next `publish`.
+        """
         with self.lock:
             return self.descriptor.pack_for_flashinfer(seq_ids, num_tokens=num_tokens)
 

@@ -45,7 +45,10 @@ def extend_one(state: State, seq_id: Hashable, run: Running, key: bytes) -> None
     """`extend_all` for one sequence, without the lists that many need; raises what it raises."""
     manager, page_size, used = state.manager, state.tree.page_size, run.last_page_len
     num_tokens = len(key) // TOKEN_BYTES
-    if not num_tokens or not used or ((run.may_end_shared or manager.was_referenced_by_hand) and used < page_size):
+    if used < page_size and (run.may_end_shared or manager.was_referenced_by_hand):
+        # Once held alone it stays so until the next cut, but for references by hand.
+        run.may_end_shared = not used or manager.ref_count.item(run.last_page) > 1
+    if not num_tokens or not used or run.may_end_shared:
         extend_all(state, [seq_id], [key])
         return
     num_new, last = divmod(used + num_tokens - 1, page_size)

@@ -40,7 +40,7 @@ class Pinned:
                 pin.node = tree.cut(path.nodes[-1], path.num_pages, count)
                 tree.hold(pin.node)
                 manager.hold(pin.pages)
-                cache.state.pins.add(pin)
+                cache.state.pins[pin] = None
             self._pins.append(pin)
             return match_of(path, tree.page_bytes)
 
@@ -52,6 +52,6 @@ class Pinned:
         with cache.lock:
             pin = self._pins.pop() if self._pins else None
             if pin is not None and pin.node is not None:
-                cache.state.pins.remove(pin)
+                del cache.state.pins[pin]
                 cache.manager.drop(pin.pages)
                 cache.tree.release(pin.node)

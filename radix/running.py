@@ -74,8 +74,9 @@ class Running(SequenceData):
         tail: the tokens added since.
         node: the deepest node whose pages it holds; None if it holds none.
         num_tree_pages: its leading pages that are the tree's: where `node` ends.
-        may_end_shared: cut by `truncate` before: perhaps inside a page that others hold too.
-        held: these pages as an index, if there are as many; None where nobody has made it.
+        may_end_shared: `truncate` has cut it inside a page, which others may hold too.
+        held: index of its first pages, made when they were held; right as long as there are `num_tree_pages` of them:
+            whoever takes one of these pages away sets it to None.
         request: the prompt as it was given, whatever was cut since; None for a fork, which is no request of its own.
         is_detached: started before a `clear`: it publishes nothing.
     """

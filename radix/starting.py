@@ -51,11 +51,11 @@ def start_one(
     memory = bytearray((num_pages + num_pages // 8 + 8) * PAGE_ID_BYTES)
     memory[: shared * PAGE_ID_BYTES] = path.pages[: shared * PAGE_ID_BYTES]
     table = np.frombuffer(memory, _INT32)
-    if num_free:
+    if first_idle > shared:
         manager.take_into(table[shared:first_idle])
     forked = None
     if tail_len:
-        copy = table.item(shared) if num_free else reserve.first_victim(num_pages - shared)
+        copy = table.item(shared) if first_idle > shared else reserve.first_victim(num_pages - shared)
         forked = source_of(path, shared), copy, tail_len
         try:
             manager.copy_page_slots([forked[0]], [copy], [tail_len])
@@ -117,7 +117,7 @@ def _copy_tails(state: State, forks: list[Plan], pages: PageArray) -> None:
 def _begin(
     state: State, seq_id: Hashable, run: Running, path: Path, shared: int, forked: tuple[int, int, int] | None
 ) -> Started:
-    """Makes a sequence run that has all it needs, but perhaps pages that are to be evicted for it; cannot fail."""
+    """Makes a sequence run; pages that are to be evicted for it must follow at once. Cannot fail."""
     tree, num_cached = state.tree, shared * state.tree.page_size
     if shared:
         run.held = state.manager.hold(run.table[:shared])

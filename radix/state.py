@@ -30,7 +30,7 @@ class State:
     tree: RadixTree = field(init=False)
     descriptor: CacheDescriptor = field(init=False)
     running: dict[Hashable, Running] = field(init=False)
-    pins: set[Pin] = field(init=False, factory=set)
+    pins: dict[Pin, None] = field(init=False, factory=dict)  # in the order of their making
     stats: CacheStats = field(init=False, factory=CacheStats)
     retries: Retries = field(init=False, factory=Retries)
     reserve: Reserve = field(init=False)

@@ -443,7 +443,7 @@ class RadixTree:
         keep = len(pages) - count * PAGE_ID_BYTES
         if keep:
             node.pages = pages[:keep]
-            node.key = node.key[: keep * self.page_size]  # a page number takes as many bytes as a token
+            node.key = node.key[: keep // PAGE_ID_BYTES * self.page_bytes]
             return
         parent: Node = node.parent  # type: ignore[assignment]  # never a root
         del self.idle[node]

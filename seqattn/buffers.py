@@ -1,8 +1,8 @@
 """Memory for packed page tables, used again as soon as nobody looks at it.
 
 A batch of long sequences packs to megabytes a step. Memory of that size comes fresh from the system each time,
-and touching it for the first time costs more than the copy. What was written last is remembered with the memory: the
-next step may need to write only what is new.
+and touching it for the first time costs more than the copy. What was written is remembered with the memory: the next
+step may need to write only what is new.
 """
 
 from __future__ import annotations
@@ -27,35 +27,48 @@ class Buffers:
     def __init__(self) -> None:
         # The first is never handed out: its reference count is what that of an unused one looks like here.
         self._pool: list[PageArray] = [np.empty(0, dtype=np.int32)]
-        self._contents: list[object] = [None]
+        # What is in them, by the id of the array, what was written last at the end.
+        self._contents: dict[int, Any] = {}
 
-    def take(self, size: int, content: object = None) -> PageArray:
+    def take(self, size: int) -> PageArray:
         """An array of `size` entries, not initialised; O(1) where an unused one is large enough.
 
-        Args:
-            size: entries.
-            content: what the caller is about to write, for `holding`.
+        One whose content is not remembered is preferred; what is remembered of the one that is taken is forgotten.
         """
-        pool = self._pool
+        pool, found = self._pool, 0
         for index in range(1, len(pool)):
             if len(pool[index]) >= size and self._is_unused(index):
-                self._contents[index] = content
-                return pool[index][:size]
-        buffer = np.empty(size + size // 8, dtype=np.int32)
-        self._pool = [pool[0], *pool[1:][1 - _MOST :], buffer]
-        self._contents = [None, *self._contents[1:][1 - _MOST :], content]
-        return buffer[:size]
+                found = index
+                if id(pool[index]) not in self._contents:
+                    break
+        if not found:
+            pool.append(np.empty(size + size // 8, dtype=np.int32))
+            for old in pool[1:-_MOST]:
+                self._contents.pop(id(old), None)
+            pool[1:-_MOST] = []
+            found = len(pool) - 1
+        self._contents.pop(id(pool[found]), None)
+        return pool[found][:size]
 
-    def holding(self, is_wanted: Callable[[Any], bool]) -> tuple[PageArray, Any] | None:
-        """An unused array, whole, that still has what somebody wrote who told `take`, and what that is; None for none.
+    def remember(self, taken: PageArray, content: object) -> None:
+        """Notes what has been written to an array that `take` or `reclaim` gave, to all of it or to its beginning."""
+        memory = taken if taken.base is None else taken.base
+        self._contents[id(memory)] = content
 
-        Whoever writes to it keeps the content, which is the same object, true to it.
+    def reclaim(self, is_wanted: Callable[[Any], bool]) -> tuple[PageArray, Any] | None:
+        """An unused array, whole, that still has what was remembered, and what that is; the latest if there are more.
+
+        It is forgotten, so that whoever is interrupted while changing it leaves nothing behind that is not true.
         """
-        for index in range(len(self._pool) - 1, 0, -1):
-            content = self._contents[index]
-            if content is not None and is_wanted(content) and self._is_unused(index):
-                return self._pool[index], content
+        for key in reversed(self._contents):
+            index = next(i for i, memory in enumerate(self._pool) if id(memory) == key)
+            if is_wanted(self._contents[key]) and self._is_unused(index):
+                return self._pool[index], self._contents.pop(key)
         return None
+
+    def forget(self) -> None:
+        """Forgets all contents; the memory stays."""
+        self._contents.clear()
 
     def _is_unused(self, index: int) -> bool:
         return sys.getrefcount(self._pool[index]) == sys.getrefcount(self._pool[0])

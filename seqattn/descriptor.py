@@ -71,8 +71,6 @@ class CacheDescriptor:
     _flat: FlatTables = field(init=False, factory=FlatTables, repr=False, eq=False)
     #: counts the changes of page tables, so that packing knows when only lengths have changed
     tables_version: int = field(init=False, default=0, repr=False, eq=False)
-    #: the count at the last change that did more than append pages
-    tables_rewritten: int = field(init=False, default=0, repr=False, eq=False)
 
     @property
     def page_size(self) -> int:
@@ -178,7 +176,7 @@ class CacheDescriptor:
     def copy_for(self, growth: Growth, pages: PageArray) -> None:
         """Copies the shared last pages to the first of `pages`; what may fail, fails here."""
         if growth.copy_ids:
-            dst = pages[: len(growth.copy_ids)]
+            dst = pages[: len(growth.copy_ids)].tolist()
             self.cache_manager.copy_page_slots(growth.copy_src, dst, growth.copy_slots)
 
     def grow(self, growth: Growth, pages: PageArray) -> None:
@@ -231,7 +229,7 @@ class CacheDescriptor:
         """Copies the partly filled last page to `pages`, int32 [0 or 1] as `pages_to_fork` says."""
         if len(pages):
             data = self.seq_id_to_data[seq_id]
-            self.cache_manager.copy_page_slots(data.table[-1:], pages, [data.last_page_len])
+            self.cache_manager.copy_page_slots([data.last_page], pages.tolist(), [data.last_page_len])
 
     def fork_table(self, seq_id: Hashable, pages: PageArray) -> PageArray:
         """The page table of a fork, int32, after the copy: full pages, which it refs, then `pages`; cannot fail."""
@@ -281,7 +279,8 @@ class CacheDescriptor:
 
     def note_rewrite(self) -> None:
         """A table has changed other than by pages appended to it."""
-        self.tables_version = self.tables_rewritten = self.tables_version + 1
+        self.tables_version += 1
+        self._flat.forget()
 
     # -- shrinking ----------------------------------------------------------------------------------------------------
 
@@ -335,8 +334,8 @@ class CacheDescriptor:
             num_tokens: tokens of each sequence to pack, at most its length, when part of it is left out.
 
         Returns:
-            `kv_page_indices` [total pages], `kv_page_indptr` [batch + 1], `kv_last_page_len` [batch]. The tensors must
-            not be written: a later pack of the same batch whose tables have not changed shares them.
+            `kv_page_indices` [total pages], `kv_page_indptr` [batch + 1], `kv_last_page_len` [batch]. Never to
+            be written to: later packs of the batch share them, or are made from what is in their memory.
 
         Raises:
             UnknownSequenceError: an id has no sequence.
@@ -354,7 +353,7 @@ class CacheDescriptor:
             last = (lens - 1) % self.page_size + (lens > 0)
             last[lens == 0] = 0
             return FlashInferPackedData.trusted(*self._flat.joined(tables), torch.from_numpy(last.astype(np.int32)))
-        flat = self._flat.of(list(seq_ids), self.tables_version, self.tables_rewritten, self.all_of)
+        flat = self._flat.of(list(seq_ids), self.tables_version, self.all_of)
         last_lens = as_int32([data.last_page_len for data in flat.found])
         return FlashInferPackedData.trusted(flat.indices, flat.indptr, torch.from_numpy(last_lens))
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from seqattn import CacheDescriptor, PageAllocator
+from seqattn import CacheDescriptor, PageAllocator, UnknownSequenceError
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from seqattn import FlashInferPackedData
 
 PAGE_SIZE = 4
@@ -68,6 +72,80 @@ def test_packs_are_right_through_random_lives_and_stay_as_they_are(seed: int) ->
         kept = [*kept[-dice.randrange(4) :], (packed, truth(descriptor, ids))] if dice.random() < 0.9 else []
         assert [found(data) for data, _ in kept] == [right for _, right in kept]
         del packed
+
+
+class InterruptError(BaseException):
+    """As what Ctrl-C raises."""
+
+
+def interrupted(descriptor: CacheDescriptor, ids: list[int], line: int) -> bool:
+    """Packs, interrupted at the nth line of what packs; False if it has fewer."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _arg: object) -> Any:  # noqa: ANN401  as sys.settrace has it
+        nonlocal count
+        if not frame.f_code.co_filename.endswith(("flat_tables.py", "buffers.py")):
+            return None
+        count += event == "line"
+        if count == line and event == "line":
+            raise InterruptError
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        descriptor.pack_for_flashinfer(ids)
+    except InterruptError:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_a_pack_that_is_interrupted_leaves_nothing_wrong_behind(is_moved: bool) -> None:
+    ids = list(range(16))
+    for line in range(1, 200):
+        descriptor = batch(16, 40)
+        if is_moved:
+            descriptor.pack_for_flashinfer(ids)
+            descriptor.allocate([3, 7], [PAGE_SIZE, 2 * PAGE_SIZE])
+        if not interrupted(descriptor, ids, line):
+            break
+        assert found(descriptor.pack_for_flashinfer(ids)) == truth(descriptor, ids), f"interrupted at line {line}"
+        descriptor.allocate([5], [PAGE_SIZE])
+        assert found(descriptor.pack_for_flashinfer(ids)) == truth(descriptor, ids), f"interrupted at line {line}"
+    assert 20 < line < 199
+
+
+def test_sequences_that_have_ended_are_not_kept() -> None:
+    descriptor, ids = batch(8), list(range(8))
+    first = weakref.ref(descriptor.pack_for_flashinfer(ids).kv_page_indices)
+    ended = [sys.getrefcount(data) for data in descriptor.seq_id_to_data.values()]
+    descriptor.release([0])
+    left = [sys.getrefcount(data) for data in descriptor.seq_id_to_data.values()]
+    assert max(left) < min(ended)
+    assert first() is None
+
+
+@pytest.mark.parametrize("wrong", [[np.array([0])], [[0]], ["nobody"], [0, "nobody"]])
+def test_ids_that_are_none_are_refused_whatever_was_packed_before(wrong: list[Any]) -> None:
+    descriptor = batch(2)
+    for ids in ([0], [0, 1]):
+        descriptor.pack_for_flashinfer(ids)
+        descriptor.allocate([0], [PAGE_SIZE])
+        with pytest.raises(UnknownSequenceError):
+            descriptor.pack_for_flashinfer(wrong)
+
+
+def test_a_pack_of_part_of_the_tokens_in_between_does_not_cost_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    descriptor, ids = batch(64, 100), list(range(64))
+    for _ in range(2):
+        descriptor.pack_for_flashinfer(ids)
+        descriptor.pack_for_flashinfer(ids, num_tokens=[5] * 64)
+    descriptor.allocate([3], [PAGE_SIZE])
+    refuse_to_copy(monkeypatch)
+    assert found(descriptor.pack_for_flashinfer(ids)) == truth(descriptor, ids)
 
 
 def refuse_to_copy(patch: pytest.MonkeyPatch) -> None:
