@@ -17,6 +17,7 @@ import torch
 
 from seqattn.attention.bound import BoundPlan
 from seqattn.attention.fixed import next_padded
+from seqattn.attention.wrappers import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -86,7 +87,7 @@ class CapturedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: Any = None
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        finalize(self, self._copied.synchronize)  # as in `WrapperSet.in_use`
+        finalize(self, wait_for, self._copied)  # as in `WrapperSet.in_use`
         self._prepared: Prepared | None = None
 
     def capture(

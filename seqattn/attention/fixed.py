@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Int32Array = npt.NDArray[np.int32]
 
-__all__ = ["CallForm", "Sizes", "StepForm", "form_of", "next_padded", "nothing", "padded"]
+__all__ = ["CallForm", "Sizes", "StepForm", "form_of", "next_padded", "nothing", "padded", "page_by_page"]
 
 #: fa2 takes its largest tiles for groups with more rows than this, times the query heads of a KV head
 _MOST_SMALL_ROWS = 64
@@ -171,6 +171,12 @@ def _filled(call: KernelCall, size: CallForm, rows_each: int) -> KernelCall:
         kv_page_indices=np.concatenate([call.kv_page_indices, np.zeros(missing, dtype=np.int32)]),
         kv_last_page_len=np.concatenate([call.kv_last_page_len, np.ones(missing, dtype=np.int32)]),
     )
+
+
+def page_by_page(work: Work) -> Work:
+    """The same step with every list read as a list, wherever its pages lie: its form tells nothing of places."""
+    calls = tuple(call if call.span is None else evolve(call, span=None) for call in work.calls)
+    return evolve(work, calls=calls)
 
 
 def nothing() -> Work:

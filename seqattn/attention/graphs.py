@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from seqattn.append import sent
-from seqattn.attention.fixed import Sizes, form_of, nothing
+from seqattn.attention.fixed import Sizes, form_of, nothing, page_by_page
 from seqattn.attention.step import DecodeStep, launcher_for
 from seqattn.counts import positive
 from seqattn.errors import BadValueError, LengthError, TensorError
@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 __all__ = ["DecodeGraphs"]
 
 Out = TypeVar("Out")
+
+#: steps with the same prompt in one piece, after which it is worth a graph of its own that reads it as one array
+_STEADY = 32
 
 
 class DecodeGraphs(Generic[Out]):
@@ -174,18 +177,29 @@ class DecodeGraphs(Generic[Out]):
         if self._backend is None or num_rows is None or not plan.num_rows:
             return None
         work = self._backend.work(plan)
+        if any(call.span is not None for call in work.calls):
+            # Such a graph holds the prompt's place in memory; one that reads page by page serves any prompt.
+            found = self._graph_of(work, num_rows, (places, inputs), max(_STEADY, self._capture_after))
+            if found is not None:
+                return found
+            work = page_by_page(work)
+        return self._graph_of(work, num_rows, (places, inputs), self._capture_after)
+
+    def _graph_of(
+        self, work: Work, num_rows: int, given: tuple[Int32Array, Sequence[torch.Tensor]], capture_after: int
+    ) -> tuple[CapturedStep, Work] | None:
         form = form_of(work, num_rows, self._sizes)
         if form is None:
             return None
-        key = _key(form, inputs)
+        key = _key(form, given[1])
         step = self._steps.get(key)
         if step is None:
             seen = self._seen[key] = self._seen.pop(key, 0) + 1
             if len(self._seen) > self._max_graphs:
                 self._seen.popitem(last=False)
-            if seen < self._steps_before(form):
+            if seen < max(capture_after, self._steps_before(form)):
                 return None
-            step = self._captured(form, work, places, inputs)
+            step = self._captured(form, work, *given)
         self._steps.move_to_end(key)
         return step, work
 

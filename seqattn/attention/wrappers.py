@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Int32Array = npt.NDArray[np.int32]
 
-__all__ = ["Wrapper", "WrapperSet"]
+__all__ = ["Wrapper", "WrapperSet", "wait_for"]
 
 #: query heads for each KV head at which the decode kernel without tensor cores is no slower
 _SMALL_GROUPS = (1, 2)
@@ -115,7 +115,7 @@ class WrapperSet:
         if self._copied is None:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             # torch does not know of the copies that wrappers make, and gives their pinned memory to others at once.
-            finalize(self, self._copied.synchronize)
+            finalize(self, wait_for, self._copied)
         else:
             self._copied.synchronize()
         try:
@@ -255,6 +255,12 @@ class WrapperSet:
             return _LEAST_FLOAT_WORKSPACE, 16 * num_tiles + 8 * (num_rows + num_groups) + 4096
         float_size = self.num_qo_heads * (num_tiles if fixed else most) * tile * (self.manager.head_dim + 1) * 4
         return max(float_size, _LEAST_FLOAT_WORKSPACE), 16 * num_tiles + 8 * (num_rows + num_groups) + 4096
+
+
+def wait_for(event: torch.cuda.Event) -> None:
+    """Waits until an event has come; not inside a capture, which may not wait and begins when all is done."""
+    if not torch.cuda.is_current_stream_capturing():
+        event.synchronize()
 
 
 def _tables(call: KernelCall) -> tuple[Int32Array, ...]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqattn.attention.calls import Choice, KernelCall, Work, next_work, work_of
-from seqattn.attention.fixed import Sizes, StepForm, form_of, next_padded, nothing, padded
+from seqattn.attention.fixed import Sizes, StepForm, form_of, next_padded, nothing, padded, page_by_page
 from seqattn.attention.plan import BatchPlan, plan_batch
 from seqattn.cache import PagedKVCacheManager
 from seqattn.hybrid import pack_hybrid
@@ -145,6 +145,15 @@ def test_a_graph_holds_where_an_array_lies() -> None:
     assert call.qo_indptr.tolist() == [n * HEADS_EACH for n in (0, 5, 10, 16, 16)]
     assert call.kv_page_indptr.tolist() == [0, 1, 3, 4, 5], "padding reads behind the end of the array: zeros"
     check_padded(padded(first.work, first.form(8), HEADS_EACH), first.plan, manager_of(first.batch), first.batch, 3)
+
+
+def test_a_step_page_by_page_has_a_form_for_any_prompt() -> None:
+    first, other = (page_by_page(in_line(n).work) for n in (3, 4))
+    assert form_of(first, 8, SIZES) == form_of(other, 8, SIZES)
+    assert first.calls[0].span is None
+    assert first.calls[1] is not None
+    found = in_line(3)
+    check(found.plan, (), manager_of(found.batch), found.batch, True, work=page_by_page(found.work))
 
 
 def test_large_groups_of_fa2_are_padded() -> None:

@@ -7,12 +7,17 @@ from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from seqattn import CacheDescriptor, DecodeGraphs, DecodeStep, PagedAttention, PagedKVCacheManager
+from seqattn.attention.calls import Choice, Work, work_of
 from seqattn.attention.captured import CapturedStep
+from seqattn.attention.fixed import StepForm
+from seqattn.attention.plan import BatchPlan, plan_batch
 from seqattn.errors import BadValueError, LengthError, PageError, SharedPageError, TensorError
+from seqattn.hybrid import pack_hybrid
 
 NUM_LAYERS, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 2, 4, 2, 8, 4
 
@@ -174,6 +179,44 @@ def test_sizes_must_be_positive_and_there_must_be_one() -> None:
     for name in ("capture_after", "max_graphs"):
         with pytest.raises(BadValueError, match=name):
             DecodeGraphs(attention, model, [4], max_tokens=10, **{name: 0})
+
+
+class Captures:
+    """Graphs of an engine on the CPU whose calls are chosen as on a device; captures are noted by what they hold."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sizes = (40, 512, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
+        self.manager = PagedKVCacheManager(*sizes)
+        self.attention = PagedAttention(self.manager, NUM_QO_HEADS)
+        self.graphs = DecodeGraphs(self.attention, lambda step, x: x, [4], max_tokens=4096)
+        self.graphs._backend = SimpleNamespace(work=self.work)
+        self.captured: list[tuple[int, int] | None] = []
+        monkeypatch.setattr(self.graphs, "_captured", self.capture)
+
+    def work(self, plan: BatchPlan) -> Work:
+        return work_of(plan, [Choice("fa3"), Choice("decode")], 2, 512, has_spans=True)
+
+    def capture(self, form: StepForm, _: Work, __: object, inputs: Any) -> object:  # noqa: ANN401  tensors
+        self.captured.append(form.calls[0].span)
+        self.graphs._steps[(form, *((x.shape[1:], x.dtype) for x in inputs))] = found = object()  # type: ignore[assignment]
+        return found
+
+    def used(self, first: int) -> tuple[int, int] | str | None:
+        """The span of the graph for a step of three sequences on three pages from here on; or that there is none."""
+        tables = [np.array([*range(first, first + 3), 30 + i], dtype=np.int32) for i in range(3)]
+        data = pack_hybrid(tables, [1600] * 3, page_size=512, query_lens=None, cost_model=None)
+        plan = plan_batch(self.manager, data, None, causal=True)
+        found = self.graphs._fitting(plan, np.zeros((2, 3), dtype=np.int32), [inputs(3, 0)])
+        return "eager" if found is None else found[1].calls[0].span
+
+
+def test_a_prompt_in_one_piece_gets_a_graph_of_its_own_when_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Captures(monkeypatch)
+    assert [found.used(5) for _ in range(34)] == ["eager", *[None] * 30, *[(5, 3)] * 3]
+    assert found.captured == [None, (5, 3)]
+    assert [found.used(first) for first in range(10, 20)] == [None] * 10, "other prompts use the graph for any"
+    assert found.used(5) == (5, 3)
+    assert len(found.captured) == 2
 
 
 class FakeStream:

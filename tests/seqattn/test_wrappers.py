@@ -11,7 +11,7 @@ import torch
 from seqattn.append import sent, side_by_side
 from seqattn.attention.calls import KernelCall
 from seqattn.attention.views import LayerViews
-from seqattn.attention.wrappers import Wrapper, WrapperSet
+from seqattn.attention.wrappers import Wrapper, WrapperSet, wait_for
 from seqattn.cache import PagedKVCacheManager
 from seqattn.errors import LengthError
 from tests.seqattn.test_calls import HEAD_DIM, NUM_KV_HEADS, in_line
@@ -87,6 +87,7 @@ def test_pinned_memory_is_kept_until_its_copies_are_done(monkeypatch: pytest.Mon
     """Copies that torch does not know of: who drops a set of wrappers waits for them."""
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(FakeEvent, "log", [])
     wrappers = WrapperSet(PagedKVCacheManager(4, 16, 8, 128, torch.bfloat16, "cpu"), 32, 132, {})
     for _ in range(2):
@@ -95,6 +96,9 @@ def test_pinned_memory_is_kept_until_its_copies_are_done(monkeypatch: pytest.Mon
     assert FakeEvent.log == ["record", "wait", "record"]
     del wrappers
     assert FakeEvent.log[3:] == ["wait"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    wait_for(FakeEvent())  # type: ignore[arg-type]
+    assert FakeEvent.log[4:] == [], "a capture may not wait"
 
 
 def test_a_call_that_was_planned_for_is_known_by_itself_the_next_time() -> None:
