@@ -173,10 +173,19 @@ def _filled(call: KernelCall, size: CallForm, rows_each: int) -> KernelCall:
     )
 
 
-def page_by_page(work: Work) -> Work:
-    """The same step with every list read as a list, wherever its pages lie: its form tells nothing of places."""
-    calls = tuple(call if call.span is None else evolve(call, span=None) for call in work.calls)
-    return evolve(work, calls=calls)
+def page_by_page(work: Work, last: tuple[Work, Work] | None = None) -> Work:
+    """The same step with every list read as a list, wherever its pages lie: its form tells nothing of places.
+
+    Args:
+        work: the step.
+        last: another step and what this made of it: calls that it shares with `work` stay the same objects.
+    """
+    known = {} if last is None else {id(old): new for old, new in zip(last[0].calls, last[1].calls, strict=True)}
+
+    def by_page(call: KernelCall) -> KernelCall:
+        return call if call.span is None else known.get(id(call)) or evolve(call, span=None)
+
+    return evolve(work, calls=tuple(map(by_page, work.calls)))
 
 
 def nothing() -> Work:

@@ -106,6 +106,7 @@ class DecodeGraphs(Generic[Out]):
         self._launcher = launcher_for(manager)
         #: that of `PagedAttention.plan`, which finds the same levels again for a step without a graph
         self._planner = attention._planner
+        self._paged: tuple[Work, Work] | None = None  # the last step whose prompt lay in one piece, and page by page
         self._on: tuple[Any, torch.cuda.Stream] | None = None  # memory that graphs share, and the stream that records
         self.num_captures = self.num_replays = self.num_eager = 0
 
@@ -182,7 +183,8 @@ class DecodeGraphs(Generic[Out]):
             found = self._graph_of(work, num_rows, (places, inputs), max(_STEADY, self._capture_after))
             if found is not None:
                 return found
-            work = page_by_page(work)
+            paged = page_by_page(work, self._paged)
+            self._paged, work = (work, paged), paged
         return self._graph_of(work, num_rows, (places, inputs), self._capture_after)
 
     def _graph_of(

@@ -147,6 +147,15 @@ def test_a_graph_holds_where_an_array_lies() -> None:
     check_padded(padded(first.work, first.form(8), HEADS_EACH), first.plan, manager_of(first.batch), first.batch, 3)
 
 
+def test_what_two_steps_share_is_the_same_object_page_by_page_too() -> None:
+    work = in_line(3).work
+    paged = page_by_page(work)
+    again = page_by_page(evolve(work), (work, paged))
+    assert all(new is old for new, old in zip(again.calls, paged.calls, strict=True))
+    assert [call.span for call in again.calls] == [None] * len(work.calls)
+    assert any(call.span for call in work.calls)
+
+
 def test_a_step_page_by_page_has_a_form_for_any_prompt() -> None:
     first, other = (page_by_page(in_line(n).work) for n in (3, 4))
     assert form_of(first, 8, SIZES) == form_of(other, 8, SIZES)
