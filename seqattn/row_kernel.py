@@ -99,7 +99,13 @@ class RowTaker:
         pointers = (q.data_ptr(), keys.data_ptr(), values.data_ptr())
         seen = (q.stride(), keys.stride(), values.stride())
         compiled = self._compiled
-        if compiled is not None and seen == self._seen and not (pointers[0] | pointers[1] | pointers[2]) & 15:
+        aligned = not (pointers[0] | pointers[1] | pointers[2]) & 15
+        if (
+            compiled is not None
+            and aligned
+            and seen == self._seen
+            and torch.cuda.current_device() == self._device.index
+        ):
             stream = driver.active.get_current_stream(self._device.index)
             try:  # as Triton itself does at the end of a launch, without hooks for profilers
                 compiled[0](*self._grid, stream, *compiled[1:], None, None, None, *pointers, *self._rest)

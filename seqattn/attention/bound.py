@@ -14,6 +14,7 @@ in two arrays on the CPU, and are repeated in the same way.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,10 @@ __all__ = ["BoundPlan", "BoundRun"]
 
 #: where a wrapper keeps the functions of its compiled kernels
 _MODULE = "_cached_module"
+
+
+#: held while a module, which all wrappers of a kind share, has another function
+_PATCHING = threading.Lock()
 
 
 class BoundRun:
@@ -130,11 +135,13 @@ class BoundPlan:
             plan()
             return
         recorder = _Recorder(module)
-        module.plan = recorder.plan
-        try:
-            plan()
-        finally:
-            module.plan = function
+        with _PATCHING:
+            function = module.plan
+            module.plan = recorder.plan
+            try:
+                plan()
+            finally:
+                module.plan = function
         if len(recorder.calls) != 1:
             return
         arguments = list(recorder.calls[0][1])

@@ -9,6 +9,7 @@ the number of blocks and every place in memory, and say in memory which blocks h
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
     from seqattn.attention.prepared import Prepared
     from seqattn.attention.wrappers import Wrapper
 
-__all__ = ["CapturedStep"]
+__all__ = ["CAPTURING", "CapturedStep"]
+
+#: held during a capture: beginning one waits for the device, which another thread's capture on it would not survive
+CAPTURING = threading.RLock()
 
 #: the pages last: of them only those are sent that there are
 _NAMES = ("qo_indptr", "kv_page_indptr", "kv_last_page_len", "kv_page_indices")
@@ -119,8 +123,9 @@ class CapturedStep:
             finally:  # memory that is given back is not used anew before that
                 main.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # What other threads do meanwhile is theirs.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            # What other threads do meanwhile is theirs. A capture that fails at its end would leave its stream current.
+            recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+            with CAPTURING, torch.cuda.stream(main), recording:
                 self._outputs = model(self, self._inputs)
         self._graph = graph
 

@@ -155,7 +155,10 @@ def next_padded(last: tuple[Work, Work] | None, work: Work, form: StepForm, head
 
 
 def _filled(call: KernelCall, size: CallForm, rows_each: int) -> KernelCall:
-    """The call with groups of padding, each over one token of page 0; `rows_each` rows for a query row."""
+    """The call with groups of padding, `rows_each` rows for a query row.
+
+    Each reads one token of page 0; in a call with a span, what is behind the end of its array, which are zeros.
+    """
     missing = size.num_groups - len(call.kv_last_page_len)
     if not missing and call.kernel == "decode":
         return call

@@ -212,7 +212,8 @@ class DecodeGraphs(Generic[Out]):
     def _captured(self, form: StepForm, work: Work, places: Int32Array, inputs: Sequence[torch.Tensor]) -> CapturedStep:
         if self._on is None:
             self._on = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._backend.device)  # type: ignore[no-untyped-call]
-        step = self._recorded(form, self._on, work, places, inputs)
+        with torch.inference_mode(mode=False):  # its memory is written by later steps, in whatever mode they are
+            step = self._recorded(form, self._on, work, places, inputs)
         key = _key(form, inputs)
         self._steps[key] = step
         self._seen.pop(key, None)

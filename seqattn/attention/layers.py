@@ -12,12 +12,13 @@ where they were before, one graph does both: it is captured for their addresses,
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import define, field
 
-from seqattn.attention.captured import CapturedStep
+from seqattn.attention.captured import CAPTURING, CapturedStep
 from seqattn.attention.graphs import DecodeGraphs
 from seqattn.errors import LengthError, TensorError
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerGraphs", "LayerStep"]
 
+_log = logging.getLogger("seqattn")
 #: addresses of a layer's rows for which there are graphs, and that are looked at: a model that never comes back to
 #: where it was is left alone
 _MOST_PLACES = 4
@@ -71,12 +73,13 @@ class LayerGraphs:
     ) -> None:
         self._graphs = _Forms(
             attention,
-            _no_model,
+            lambda *_: None,  # the model runs outside, layer by layer
             batch_sizes,
             max_tokens=max_tokens,
             capture_after=capture_after,
             max_graphs=max_graphs,
         )
+        self._has_failed = False
 
     @property
     def num_captures(self) -> int:
@@ -100,7 +103,8 @@ class LayerGraphs:
             data: the batch, plain or hybrid, packed for one query row each; on the CPU.
 
         Returns:
-            A `LayerStep`, or a `DecodeStep` where no graph fits.
+            A `LayerStep`, or a `DecodeStep` where no graph fits. After a capture that failed, of which one logged line
+            tells, none does.
 
         Raises:
             What `DecodeGraphs.replay` raises of `data`; nothing is written then.
@@ -109,7 +113,11 @@ class LayerGraphs:
         """
         graphs = self._graphs
         plan, places = graphs._checked(data, ())
-        found = graphs._fitting(plan, places, ())
+        try:
+            found = None if self._has_failed else graphs._fitting(plan, places, ())
+        except RuntimeError as error:  # of CUDA, out of memory say; what is wrong with `data` has been found by now
+            self._has_failed, found = True, None
+            _log.warning("attention goes on without CUDA graphs: a capture failed: %s", error)
         if found is None:
             graphs.num_eager += 1
             return graphs._without_graph(data, places)
@@ -128,12 +136,14 @@ class _Layer:
         take: brings rows to where `attend` reads them.
         attend: a graph of the attention, and its output.
         seen: how often rows have come from an address.
+        is_settled: no more graphs are captured for it.
         whole: by address, a graph of both and its output, with padding and as it is returned.
     """
 
     take: RowTaker
     attend: tuple[torch.cuda.CUDAGraph, torch.Tensor]
     seen: dict[tuple[object, ...], int] = field(factory=dict)
+    is_settled: bool = False
     whole: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = field(factory=dict)
 
 
@@ -161,6 +171,7 @@ class LayerStep(CapturedStep):
         from seqattn.row_kernel import RowTaker
 
         self._write(work, places, ())
+        torch.cuda.empty_cache()  # during a capture, memory that torch keeps for later cannot be had
         self._on, manager = on, self._backend.manager
         stream, device = on[1], self._backend.device
         main = torch.cuda.current_stream(device)
@@ -184,6 +195,7 @@ class LayerStep(CapturedStep):
         graph = torch.cuda.CUDAGraph()
         # Memory made for inference alone could not be written by later graphs outside of it.
         with (
+            CAPTURING,
             torch.inference_mode(mode=False),
             torch.no_grad(),
             torch.cuda.device(self._backend.device),
@@ -218,7 +230,7 @@ class LayerStep(CapturedStep):
             layer: the layer.
 
         Returns:
-            [1, rows, num_qo_heads, head_dim]; it lies in memory of the graph, and is valid until the next step.
+            [1, rows, num_qo_heads, head_dim]; it lies in memory of the graph, and is valid until the next layer's call.
 
         Raises:
             TensorError: a wrong shape, dtype or device.
@@ -244,11 +256,16 @@ class LayerStep(CapturedStep):
 
     def _note(self, found: _Layer, key: tuple[object, ...], rows: tuple[torch.Tensor, ...], layer: int) -> None:
         """Captures a graph of both for rows that have come from there before."""
-        if len(found.whole) >= _MOST_PLACES or len(found.seen) > _MOST_SEEN:
+        if found.is_settled or len(found.whole) >= _MOST_PLACES or len(found.seen) > _MOST_SEEN:
             return
         found.seen[key] = found.seen.get(key, 0) + 1
         if found.seen[key] > 1:
-            graph, out = self._recorded(layer, rows)
+            try:
+                graph, out = self._recorded(layer, rows)
+            except RuntimeError as error:  # the layer has been computed; it goes on with two launches
+                found.is_settled = True
+                _log.warning("layer %d goes on with two launches: a capture failed: %s", layer, error)
+                return
             found.whole[key] = (graph, out, out[: self._num_rows][None])
 
     def _check(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -281,7 +298,3 @@ class _Forms(DecodeGraphs[Any]):
         step = LayerStep(self._backend, form)
         step.record(on, work, places)
         return step
-
-
-def _no_model(*_: object) -> None:
-    """In place of a model: it runs outside, layer by layer."""

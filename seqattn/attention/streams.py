@@ -20,7 +20,8 @@ class Streams:
     def __init__(self, device: torch.device) -> None:
         self._index = device.index
         self._sides = [torch.cuda.Stream(device, priority=priority) for priority in (-2, -1)]  # type: ignore[no-untyped-call]
-        self._pause = torch.zeros(1, device=device)
+        with torch.inference_mode(mode=False):  # it is written outside of it, too
+            self._pause = torch.zeros(1, device=device)
         self._events = tuple(torch.cuda.Event() for _ in range(4))  # type: ignore[no-untyped-call]
 
     def run(self, num_calls: int, call: Callable[[int], None], *, pause: bool) -> None:

@@ -129,3 +129,28 @@ def test_without_cuda_every_step_is_one_without_graphs() -> None:
     manager.ref(descriptor.seq_id_to_data["b"].kv_page_indices)
     with pytest.raises(SharedPageError):
         graphs.begin(descriptor.pack_for_flashinfer(["b"]))
+
+
+def failing(*_: object, **__: object) -> Any:  # noqa: ANN401  in place of a graph
+    raise torch.cuda.OutOfMemoryError("out of memory")
+
+
+def test_a_layer_whose_capture_fails_goes_on_with_two_launches(caplog: pytest.LogCaptureFixture) -> None:
+    found, here = Recorded(), rows()
+    found.step._recorded = failing  # type: ignore[method-assign]
+    assert [found.attend(here) for _ in range(4)] == [["take", "attend"]] * 4
+    assert [record.getMessage() for record in caplog.records] == [
+        "layer 0 goes on with two launches: a capture failed: out of memory"
+    ]
+
+
+def test_after_a_capture_that_fails_steps_go_on_without(caplog: pytest.LogCaptureFixture) -> None:
+    manager = PagedKVCacheManager(16, 4, KV_HEADS, DIM, torch.float32, "cpu", num_layers=2)
+    descriptor = CacheDescriptor(manager)
+    descriptor.allocate(["a", "b"], [5, 2])
+    graphs = LayerGraphs(PagedAttention(manager, HEADS), [8], max_tokens=32)
+    graphs._graphs._fitting = failing  # type: ignore[method-assign]
+    for _ in range(3):
+        assert isinstance(graphs.begin(descriptor.pack_for_flashinfer(["a", "b"])), DecodeStep)
+    assert len(caplog.records) == 1
+    assert (graphs.num_replays, graphs.num_eager) == (0, 3)

@@ -151,7 +151,7 @@ def decoder_for(
         return None
     # Callers without type checks pass a number, or another word.
     given: object = graph_sizes
-    if given != "auto" and (isinstance(given, str) or not isinstance(given, Sequence)):
+    if not isinstance(given, Sequence) or (isinstance(given, str) and given != "auto"):
         raise BadValueError(f"graph_sizes must be 'auto', batch sizes like (1, 8, 64), or None, not {given!r}")
     if graph_sizes and graph_sizes != "auto":
         sizes = [positive("graph_sizes", size) for size in graph_sizes]

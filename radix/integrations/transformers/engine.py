@@ -79,7 +79,8 @@ class Engine:
             looks at values, goes on without, and one logged line says why; its attention still runs in graphs.
             Batch sizes, (1, 8, 64) say: these, as they come; a batch is padded to the next one. A model that cannot be
             captured raises `CaptureError`.
-            (): only the attention of each layer. None: nothing, where other threads use the device at the same time.
+            (): only the attention of each layer. None: nothing; where other threads use the device at the same time, or
+            kernels launch on CUDA's legacy stream instead of torch's, which a capture does not see.
         name: requests without an id get the ids "NAME 0", "NAME 1", …
         clock: seconds, for the figures of requests.
 
