@@ -255,7 +255,8 @@ def _storable(dtype: torch.dtype) -> torch.dtype:
         raise TensorError(f"dtype must be a torch.dtype, not {given!r}")
     try:
         torch.zeros(1, dtype=dtype)
-    except (NotImplementedError, RuntimeError) as error:  # what torch raises for a dtype without memory of its own
+    # Dtypes without memory of their own (quantised ones): a RuntimeError, or NotImplementedError, which is one.
+    except RuntimeError as error:
         raise TensorError(f"memory of dtype {dtype} cannot be made: {error}") from error
     return dtype
 
