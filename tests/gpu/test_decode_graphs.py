@@ -20,7 +20,14 @@ WAYS = {"fa3": Choice("fa3"), "fa3 in slices": Choice("fa3", 3), "fa2": Choice("
 class Engine:
     """Sequences that share a prompt, and a model of three layers; two engines of one seed hold the same."""
 
-    def __init__(self, heads: tuple[int, int] = (32, 8), layout: str = "NHD", num_sequences: int = 20) -> None:
+    def __init__(
+        self,
+        heads: tuple[int, int] = (32, 8),
+        layout: str = "NHD",
+        num_sequences: int = 20,
+        num_prompt_tokens: int = PROMPT,
+    ) -> None:
+        self.num_prompt_tokens = num_prompt_tokens
         self.num_qo_heads, self.num_kv_heads = heads
         sizes = (1500, PAGE_SIZE, self.num_kv_heads, HEAD_DIM, torch.bfloat16, "cuda", layout)
         self.manager = PagedKVCacheManager(*sizes, num_layers=NUM_LAYERS)
@@ -28,7 +35,8 @@ class Engine:
         for cache in self.manager.get_memory_tensors():
             cache.normal_(generator=self.generator)
         self.descriptor = CacheDescriptor(self.manager)
-        self.descriptor.allocate(["prompt"], [PROMPT])
+        self.descriptor.allocate(["prompt", "elsewhere"], [num_prompt_tokens] * 2)
+        self.prompt = "prompt"
         self.ids: list[int] = []
         for i in range(num_sequences):
             self.start(i)
@@ -38,12 +46,19 @@ class Engine:
         self.attention = PagedAttention(self.manager, self.num_qo_heads)
 
     def start(self, i: int) -> None:
-        self.descriptor.fork("prompt", i)
+        self.descriptor.fork(self.prompt, i)
         self.descriptor.allocate([i], [1 + 7 * (i % 5)])
         self.ids.append(i)
 
     def finish(self) -> None:
         self.descriptor.release([self.ids.pop(0)])
+
+    def move(self) -> None:
+        """Every sequence anew, on a prompt that lies elsewhere."""
+        self.prompt = "elsewhere"
+        for i in range(len(self.ids)):
+            self.finish()
+            self.start(5000 + i)
 
     def data(self, *, hybrid: bool) -> object:
         if hybrid:
@@ -72,13 +87,20 @@ class Engine:
 
 
 def compare(
-    engine: Engine, graphs: DecodeGraphs[tuple[torch.Tensor, torch.Tensor]], num_steps: int, hybrid: bool
+    engine: Engine,
+    graphs: DecodeGraphs[tuple[torch.Tensor, torch.Tensor]],
+    num_steps: int,
+    hybrid: bool,
+    moves_before: int | None = None,
 ) -> None:
-    """Steps of both engines; every fifth the batch changes a little."""
-    other = Engine((engine.num_qo_heads, engine.num_kv_heads), engine.manager.kv_layout, len(engine.ids))
+    """Steps of both engines; every fifth the batch changes a little, and before one of them the prompt moves."""
+    heads = engine.num_qo_heads, engine.num_kv_heads
+    other = Engine(heads, engine.manager.kv_layout, len(engine.ids), engine.num_prompt_tokens)
     generator = torch.Generator("cuda").manual_seed(1)
     for number in range(num_steps):
         for each in (engine, other):
+            if number == moves_before:
+                each.move()
             if number % 5 == 4:
                 each.finish()
                 if number % 20 != 19:

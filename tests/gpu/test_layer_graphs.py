@@ -20,9 +20,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 class ByLayer:
     """The engine's model with graphs of its attention, called like `DecodeGraphs`."""
 
-    def __init__(self, engine: Engine, batch_sizes: list[int]) -> None:
+    def __init__(self, engine: Engine, batch_sizes: list[int], max_tokens: int = 1100) -> None:
         self.engine = engine
-        self.graphs = LayerGraphs(engine.attention, batch_sizes, max_tokens=1100)
+        self.graphs = LayerGraphs(engine.attention, batch_sizes, max_tokens=max_tokens)
 
     def replay(self, data: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401  either kind
         step = self.graphs.begin(data)
