@@ -9,6 +9,7 @@ Plain and hybrid packing of one batch that grows by a token a step, and is cut b
 - graph: GPU time of all layers as one CUDA graph, without packing and planning.
 - plan and layers: what the CPU takes until `plan`, and `run` in every layer, return; beside it flashinfer's own calls
   made by hand on the same data: a plan for each level from packed tensors on the CPU, and the wrappers' `run`.
+- plan_all_new: `plan` of a batch of which nothing is known; in the steps that follow, shared levels are.
 
 Prints rows of JSON and writes them to DIR/step.jsonl.
 """
@@ -213,6 +214,9 @@ def measure_step(model: Model, options: argparse.Namespace, *, hybrid: bool) -> 
         plans = [("plan", model.plan), ("plan_by_hand", hand.plan), ("plan_all_new", model.plan_all_new)]
         for name, call in plans[number % 3 :] + plans[: number % 3]:
             note(name, call)
+            if name == "plan_all_new":  # steps that follow find shared levels planned, in both sets
+                model.plan()
+                model.plan()
         model.plan()
         hand.follow()
         runs = [("layers", model.attend), ("layers_by_hand", hand.run)]

@@ -52,6 +52,7 @@ ORDER = [
     "seqattn/attention/calls.py",
     "seqattn/attention/choice.py",
     "seqattn/attention/bound.py",
+    "seqattn/attention/wrapper.py",
     "seqattn/attention/wrappers.py",
     "seqattn/attention/views.py",
     "seqattn/attention/prepared.py",

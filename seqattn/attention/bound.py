@@ -8,8 +8,9 @@ keys and values and the results change from layer to layer:
     other layers   the same function, the same arguments but for these five
 
 What is noted is found by identity, so the order of arguments, which differs from version to version, does not matter. A
-wrapper that calls its kernel in another way is run as it is, each time. Plans of a wrapper whose memory is fixed differ
-in two arrays on the CPU, and are repeated in the same way.
+wrapper that calls its kernel in another way is run as it is, each time. Plans of a wrapper that decodes batches of one
+size differ in two arrays on the CPU, and are repeated in the same way; where its arrays on the device are new with each
+plan, it is told of them as `flashinfer.decode.fast_decode_plan` tells it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 __all__ = ["BoundPlan", "BoundRun"]
 
@@ -66,6 +67,18 @@ class BoundRun:
             arguments[place] = value
         self._function(*arguments)
 
+    def after(self, old: Sequence[object], new: Sequence[object]) -> BoundRun:
+        """The runs of the plan after this one, which differ in these arguments alone; noted anew if they do not."""
+        following = BoundRun(self.wrapper, takes_two=self._takes_two)
+        if self._function is not None:
+            arguments = self._arguments.copy()
+            places = [[i for i, argument in enumerate(arguments) if argument is given] for given in old]
+            if all(len(found) == 1 for found in places):
+                for found, given in zip(places, new, strict=True):
+                    arguments[found[0]] = given
+                following._function, following._arguments, following._places = self._function, arguments, self._places
+        return following
+
     def _first(self, q: torch.Tensor, caches: Any, out: torch.Tensor, lse: torch.Tensor | None) -> None:  # noqa: ANN401  as in __call__
         """Runs the wrapper and notes what it calls, unless an earlier run showed that this is of no use."""
         module = getattr(self.wrapper, _MODULE, None)
@@ -93,7 +106,7 @@ class BoundRun:
 
 
 class BoundPlan:
-    """The plans of a wrapper that decodes in fixed memory, which is the caller's to write.
+    """The plans of a wrapper that decodes batches of one size; their arrays on the device are the caller's to write.
 
     Args:
         wrapper: planned once for as many sequences.
@@ -108,32 +121,41 @@ class BoundPlan:
         self._places: list[list[int]] = []
         self._is_noted = False
 
-    def __call__(self, plan: Callable[[], object], indptr: torch.Tensor, lengths: torch.Tensor) -> None:
+    @property
+    def is_repeated(self) -> bool:
+        """Whether the next plan is made without the wrapper."""
+        return self._function is not None
+
+    def __call__(self, plan: Callable[[], object], indptr: torch.Tensor, lengths: torch.Tensor) -> object:
         """Plans; the first time by the wrapper, and again only if the call that it comes to cannot be repeated.
 
         Args:
             plan: makes the wrapper's plan.
             indptr: what it gives it for the offsets of pages, int32 on the CPU.
             lengths: likewise for the tokens of each sequence (`seq_lens`).
+
+        Returns:
+            The schedule if the plan was made without the wrapper, else None.
         """
         if self._function is not None:
             arguments = self._arguments.copy()
             for places, given in zip(self._places, (indptr, lengths), strict=True):
                 for place in places:
                     arguments[place] = given
-            self._function(*arguments)
-        elif self._is_noted:
+            return self._function(*arguments)
+        module = getattr(self._wrapper, _MODULE, None)
+        if self._is_noted or not callable(getattr(module, "plan", None)):  # it may be loaded by this plan
             plan()
         else:
             self._is_noted = True
-            self._note(plan, indptr, lengths)
+            self._note(module, plan, indptr, lengths)
+        return None
 
-    def _note(self, plan: Callable[[], object], indptr: torch.Tensor, lengths: torch.Tensor) -> None:
-        module = getattr(self._wrapper, _MODULE, None)
-        function = getattr(module, "plan", None)
-        if module is None or not callable(function):
-            plan()
-            return
+    def forget(self) -> None:
+        """Leaves every plan to the wrapper from now on."""
+        self._is_noted, self._function, self._arguments = True, None, []
+
+    def _note(self, module: Any, plan: Callable[[], object], indptr: torch.Tensor, lengths: torch.Tensor) -> None:  # noqa: ANN401  as above
         recorder = _Recorder(module)
         with _PATCHING:
             function = module.plan

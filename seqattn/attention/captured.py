@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from seqattn.attention.fixed import StepForm
     from seqattn.attention.flashinfer_backend import FlashInferBackend
     from seqattn.attention.prepared import Prepared
-    from seqattn.attention.wrappers import Wrapper
+    from seqattn.attention.wrapper import Wrapper
 
 __all__ = ["CAPTURING", "CapturedStep"]
 

@@ -25,6 +25,7 @@ What flashinfer leaves to its callers is settled here:
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ from seqattn.attention.choice import choose, own_of, what_matters
 from seqattn.attention.prepared import Form, Prepared, Scratch, scratch_for
 from seqattn.attention.streams import Streams
 from seqattn.attention.views import LayerViews
-from seqattn.attention.wrappers import Wrapper, WrapperSet
+from seqattn.attention.wrappers import WrapperSet
 from seqattn.constants import Chip, constants_for
 from seqattn.device import Heads
 from seqattn.errors import MissingExtraError, SeqAttnError, TensorError
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
     from seqattn.attention.calls import Choice
     from seqattn.attention.plan import BatchPlan
+    from seqattn.attention.wrapper import Wrapper
     from seqattn.cache import PagedKVCacheManager
     from seqattn.device import Groups
     from seqattn.kernels import Launcher
@@ -172,14 +174,15 @@ class FlashInferBackend:
         known = self._codes if self._codes is not None and self._codes[0] is work.part_codes else None
         if not work.direct and known is None:
             codes = (work.query_codes, work.part_indptr, work.part_codes)
-        on_device, offsets = wrappers.stage(
-            [*codes, *(work.calls[i].kv_page_indices for i in new)],
-            [part for i in new for part in work.calls[i].offsets],
+        arrays = [used[i].arrays(work.calls[i]) for i in new]
+        on_device, on_cpu = wrappers.stage(
+            [*codes, *(array for to_send, _ in arrays for array in to_send)],
+            [array for _, to_keep in arrays for array in to_keep],
         )
-        for nth, i in enumerate(new):
-            qo_indptr, kv_page_indptr, last = offsets[3 * nth : 3 * nth + 3]
-            used[i].begin()
-            self.plan_call(used[i], work.calls[i], (qo_indptr, kv_page_indptr, on_device[len(codes) + nth], last))
+        sent, kept = iter(on_device[len(codes) :]), iter(on_cpu)
+        for i, (to_send, to_keep) in zip(new, arrays, strict=True):
+            call, tables = work.calls[i], ([next(sent) for _ in to_send], [next(kept) for _ in to_keep])
+            used[i].plan(call, *tables, self.manager.page_size, partial(self.plan_call, used[i], call))
         if not work.direct and known is None:
             self._codes = known = (work.part_codes, on_device[:3])
         return self.prepared(work, used, known[1] if known is not None else ())

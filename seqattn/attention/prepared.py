@@ -59,7 +59,7 @@ class Prepared:
     """
 
     work: Work
-    runs: Sequence[tuple[BoundRun, BoundRun]]
+    runs: Sequence[tuple[BoundRun, ...]]
     codes: Sequence[torch.Tensor]
     scratch: Scratch
     is_fixed: bool = False
@@ -67,7 +67,7 @@ class Prepared:
     @property
     def wrappers(self) -> list[Any]:
         """The wrapper of each call."""
-        return [run.wrapper for _, run in self.runs]
+        return [runs[0].wrapper for runs in self.runs]
 
 
 def scratch_for(work: Work, form: Form, last: Scratch | None) -> Scratch:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from attrs import define, field
 
-from seqattn.attention.bound import BoundRun
+from seqattn.attention.wrapper import Wrapper
 from seqattn.load import is_short
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Int32Array = npt.NDArray[np.int32]
 
-__all__ = ["Wrapper", "WrapperSet", "wait_for"]
+__all__ = ["WrapperSet", "wait_for"]
 
 #: query heads for each KV head at which the decode kernel without tensor cores is no slower
 _SMALL_GROUPS = (1, 2)
@@ -45,48 +45,6 @@ _LEAST_FLOAT_WORKSPACE = 32 << 20
 #: what a wrapper calls its arrays, and what a call does
 _BUFFERS = {"kv_indptr": "kv_page_indptr", "kv_indices": "kv_page_indices", "kv_last_page_len": "kv_last_page_len"}
 _IN_LINE = "fa3 in line"
-
-
-@define(slots=True, eq=False)
-class Wrapper:
-    """One of flashinfer's wrappers.
-
-    Attributes:
-        made: the wrapper itself.
-        float_size, int_size: bytes of its workspaces.
-        planned: copies of the arrays that it is planned for; None if another plan is not worth comparing.
-        call: that it is planned for.
-        runs: how it is run, without and with the log-sum-exp.
-    """
-
-    made: Any
-    float_size: int
-    int_size: int
-    planned: tuple[Int32Array, ...] | None = None
-    call: KernelCall | None = None
-    runs: tuple[BoundRun, BoundRun] | None = None
-
-    def is_planned_for(self, call: KernelCall) -> bool:
-        """Whether its last plan was for the same groups, pages and lengths."""
-        if self.planned is None or self.call is None or self.call.causal != call.causal:
-            return False
-        if self.call is call:
-            return True
-        is_same = all(np.array_equal(old, new) for old, new in zip(self.planned, _tables(call), strict=True))
-        if is_same:
-            self.call = call  # which the next steps have again
-        return is_same
-
-    def begin(self) -> None:
-        """To be called before a plan: until `done`, nothing is planned."""
-        self.planned = self.call = self.runs = None
-
-    def done(self, call: KernelCall) -> None:
-        """To be called after a plan. Sequences grow with every step: a call that decodes is not kept."""
-        takes_two = call.span is not None
-        self.runs = (BoundRun(self.made, takes_two=takes_two), BoundRun(self.made, takes_two=takes_two))
-        if call.kernel != "decode":
-            self.planned, self.call = tuple(table.copy() for table in _tables(call)), call
 
 
 @define(slots=True, eq=False)
@@ -154,6 +112,7 @@ class WrapperSet:
         wrapper = found[nth]
         if wrapper.float_size < float_size or wrapper.int_size < int_size:
             wrapper.begin()
+            wrapper.replans = None
             wrapper.float_size, wrapper.int_size = len(workspace), max(int_size, wrapper.int_size)
             self._give(wrapper.made, workspace, wrapper.int_size)
         return wrapper
@@ -261,7 +220,3 @@ def wait_for(event: torch.cuda.Event) -> None:
     """Waits until an event has come; not inside a capture, which may not wait and begins when all is done."""
     if not torch.cuda.is_current_stream_capturing():
         event.synchronize()
-
-
-def _tables(call: KernelCall) -> tuple[Int32Array, ...]:
-    return call.kv_last_page_len, call.kv_page_indptr, call.qo_indptr, call.kv_page_indices

@@ -11,7 +11,8 @@ import torch
 from seqattn.append import sent, side_by_side
 from seqattn.attention.calls import KernelCall
 from seqattn.attention.views import LayerViews
-from seqattn.attention.wrappers import Wrapper, WrapperSet, wait_for
+from seqattn.attention.wrapper import Wrapper
+from seqattn.attention.wrappers import WrapperSet, wait_for
 from seqattn.cache import PagedKVCacheManager
 from seqattn.errors import LengthError
 from tests.seqattn.test_calls import HEAD_DIM, NUM_KV_HEADS, in_line
