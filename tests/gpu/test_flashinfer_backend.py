@@ -102,7 +102,8 @@ def in_line(num_shared: int, page_size: int) -> tuple[Batch, list[int]]:
 @pytest.mark.parametrize(
     "case",
     [Case(*heads, 128, 16, torch.bfloat16, layout) for heads in HEADS for layout in ("NHD", "HND")]
-    + [Case(32, 8, 128, 64, torch.bfloat16)],
+    + [Case(32, 8, 128, 64, torch.bfloat16), Case(32, 8, 128, 16, torch.float16)]
+    + [Case(32, 8, 64, 16, torch.bfloat16), Case(8, 1, 64, 64, torch.float16)],
     ids=str,
 )
 def test_pages_side_by_side_are_read_and_nothing_behind_them(case: Case, slices: int) -> None:
@@ -200,6 +201,29 @@ def test_a_soft_cap_holds_in_every_level(data: Callable[[Batch], FlashInferPacke
         found.append(each.run(q.to(each.manager.dtype), return_lse=True))
     assert relative_error(found[0][0], found[1][0].float()) < 1e-2
     assert relative_error(found[0][1], found[1][1]) < 1e-3
+
+
+@pytest.mark.parametrize("batch", [random_batch(7, 16, most_rows=1), in_line(135, 16)[0]], ids=["lists", "an array"])
+def test_a_soft_cap_holds_in_fa3(batch: Batch) -> None:
+    manager = Case(32, 8, 128, 16, torch.bfloat16).manager(batch)
+    fill(manager, 0)
+    q = 4 * torch.randn(len(batch.tables), 32, 128, device="cuda", dtype=torch.bfloat16)
+    attention = PagedAttention(manager, 32, logits_soft_cap=5.0)
+    attention._impl.costs = Device(132, has_fa3=False)  # until it is told otherwise: a kernel less to compile
+    reference = PagedAttention(manager, 32, logits_soft_cap=5.0, backend="torch")
+    data = hybrid(batch)
+    for each in (attention, reference):
+        each.plan(data)
+    plan = plan_batch(manager, data, None, causal=True)
+    choices = [*[Choice("fa3", 2)] * (len(plan.levels) - 1), Choice("decode")]
+    attention._prepared = attention._impl.prepare(plan, choices)  # type: ignore[call-arg]
+    out, lse = attention.run(q, return_lse=True)
+    expected, expected_lse = reference.run(q.float(), return_lse=True)
+    assert relative_error(out, expected) < 1e-2
+    assert relative_error(lse, expected_lse) < 1e-3
+    capless = PagedAttention(manager, 32, backend="torch")
+    capless.plan(data)
+    assert relative_error(out, capless.run(q.float())) > 0.1, "the cap matters"
 
 
 def test_a_float8_cache_is_read_by_the_torch_backend() -> None:
