@@ -71,6 +71,7 @@ def _decode(rows: Rows) -> str:
         host = hosts.get((row.get("packing"), row.get("graphs")))
         if "packing" in row:
             what = f"Engine, {row['packing']} packing, {_GRAPHS[row['graphs']]}"
+            what += ", launched ahead" if row.get("ahead") else ""
         else:
             what = f"`generate` with a static cache, {'compiled' if row['part'] == 'compiled' else 'eager'}"
         cpu = "" if host is None else f"{host['host_us'] / 1e3:.2f} ms"

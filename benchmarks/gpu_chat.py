@@ -4,7 +4,8 @@
 
 first    time to the first token of a new message after 8k and 32k cached tokens, and of the same prompt cold
 decode   tokens per second of 64 conversations on one 8k system prompt: hybrid and plain packing, without CUDA graphs,
-         with graphs of each layer's attention, and with one graph of a whole step
+         with graphs of each layer's attention, and with one graph of a whole step; each step launched when the tokens
+         of the one before were read, and before
 static   the same by transformers' `generate` with a static cache, eager; `compiled` lets it compile its decoding
 agree    ways to compute the same step: how often the greedy token is the same, by how many bfloat16 steps the two best
          logits are apart where it is not, and how far each way is from float32 (`gpu_chat_ways`)
@@ -115,7 +116,7 @@ class Work:
         system = self.tokens(sizes.system)
         engine.generate([system], max_new_tokens=1)
         prompts = [system + self.tokens(sizes.message) for _ in range(sizes.batch)]
-        most = 2 * sizes.steps + 32
+        most = 2 * sizes.steps + 48
         requests = [engine.submit(prompt, max_new_tokens=most, stop_tokens=()) for prompt in prompts]
         while not all(request.tokens for request in requests):
             engine.step()
@@ -147,16 +148,18 @@ def decode(work: Work) -> Iterator[Row]:
     for packing, graphs in VARIANTS:
         engine, _ = work.batch_engine(packing, graphs)
         with engine:
-            for _ in range(8):
-                engine.step()
-            begin = time.perf_counter()
-            for _ in range(work.sizes.steps):
-                engine.step()
-            seconds = time.perf_counter() - begin
+            for run_ahead in (False, True):
+                engine.steps.run_ahead = run_ahead
+                for _ in range(8):
+                    engine.step()
+                begin = time.perf_counter()
+                for _ in range(work.sizes.steps):
+                    engine.step()
+                seconds = time.perf_counter() - begin
+                rate = work.sizes.batch * work.sizes.steps / seconds
+                how = {"packing": packing, "graphs": graphs, "ahead": run_ahead}
+                yield how | {"tokens_per_s": rate, "step_ms": seconds / work.sizes.steps * 1e3}
             engine.cache.check()
-        rate = work.sizes.batch * work.sizes.steps / seconds
-        how = {"packing": packing, "graphs": graphs}
-        yield how | {"tokens_per_s": rate, "step_ms": seconds / work.sizes.steps * 1e3}
 
 
 def static(work: Work, *, is_compiled: bool = False) -> Iterator[Row]:
@@ -194,7 +197,8 @@ def agree(work: Work) -> Iterator[Row]:
     engine, _ = work.batch_engine("hybrid")
     with engine:
         ways = Ways(engine)
-        engine.runner = ways  # type: ignore[assignment]
+        engine.steps.drop()
+        engine.steps.runner, engine.steps.run_ahead = ways, False  # type: ignore[assignment]
         for _ in range(work.sizes.steps):
             engine.step()
     yield from ways.rows()

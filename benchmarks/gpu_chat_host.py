@@ -51,11 +51,11 @@ def host_rows(engine: Engine, num_steps: int) -> dict[str, float]:
 
     Returns:
         Microseconds, medians: `schedule` (admission, extending), `prepare` (tensors, packing, planning), `forward`
-        until the model's call returns, `sample` until the tokens are on the CPU, `publish_and_accept`,
+        until the model's call returns, `sample` (launching the choice of tokens), `publish_and_accept`,
         `forward_without_attention`. `host` is all that the CPU does in a step and `added` what that is more than the
         last, with their shares of it: where decoding is one CUDA graph, the forward itself is gone. `added_share_low`
         and `added_share_high` are the quartiles of the latter. `step` is a whole step by the clock, the device's time
-        included.
+        included, steps launched ahead.
     """
     device = engine.shape.device
     steps = []
@@ -67,11 +67,12 @@ def host_rows(engine: Engine, num_steps: int) -> dict[str, float]:
         (engine.scheduler, "next_batch"),
         (engine.runner, "prepare"),
         (engine.runner, "forward"),
-        (engine, "_families"),
-        (engine, "_sample"),
-        (engine.scheduler, "done"),
+        (engine.steps, "_choose"),
+        (engine.steps, "_land"),
         (engine, "_accept"),
     ]
+    engine.steps.run_ahead = False  # each step is all that is done in its time
+    engine.step()
     timers = {name: _Timer(getattr(owner, name), device) for owner, name in owners}
     bare = _Timer(_forward_without_attention(engine), device)
     for _ in range(num_steps):
@@ -96,8 +97,8 @@ def _rows(timers: dict[str, _Timer], bare: _Timer) -> dict[str, float]:
         "schedule_us": us["next_batch"],
         "prepare_us": us["prepare"],
         "forward_us": us["forward"],
-        "sample_us": us["_sample"],
-        "publish_and_accept_us": round(us["_families"] + us["done"] + us["_accept"], 1),
+        "sample_us": us["_choose"],
+        "publish_and_accept_us": round(us["_land"] + us["_accept"], 1),
         "forward_without_attention_us": round(statistics.median(without), 1),
         "host_us": round(statistics.median(hosts), 1),
         "host_share": round(share, 3),

@@ -146,7 +146,7 @@ class Ways:
         self.truth = _Truth(engine)
         self.pairs: defaultdict[tuple[str, str], _Pair] = defaultdict(_Pair)
 
-    def prepare(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch, _: object = None) -> Batch:
         """Nothing yet: a plan is valid until the next one of the same attention."""
         return batch
 

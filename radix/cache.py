@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 from radix import show
 from radix.adopt import hand_over, publish
 from radix.audit import check_cache
-from radix.changing import extend_all, extend_one, fork_one, let_go_after
+from radix.changing import amend_all, extend_all, extend_one, fork_one, let_go_after
 from radix.demote import demote
 from radix.explain import Explanation, explain
 from radix.history import History
@@ -265,6 +265,19 @@ class PrefixCache:
             for seq_id in seq_ids:
                 self._get(seq_id)
             extend_all(self.state, seq_ids, keys)
+
+    def amend(self, seq_ids: Sequence[Hashable], token_ids: Sequence[int] | Tokens) -> None:
+        """Says what the last token of running sequences is, for who had to `extend` before that was known; all or none.
+
+        Raises:
+            UnknownSequenceError: an id is not running.
+            TokenError, LengthError: not one token id for each; or a last token that is published, or of the prompt.
+
+        Cost: about 0.5 µs for each sequence.
+        """
+        keys = keys_of(token_ids)
+        with self.lock:
+            amend_all(self.state, seq_ids, [self._get(seq_id) for seq_id in seq_ids], keys)
 
     def fork(self, seq_id: Hashable, new_seq_id: Hashable) -> None:
         """Starts a sequence with the same tokens: full pages are shared, the partly filled last page is copied.

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from radix.running import Running
 from radix.tokens import TOKEN_BYTES
+from seqattn.errors import LengthError
 
 if TYPE_CHECKING:
     from radix.state import State
 
-__all__ = ["extend_all", "extend_one", "fork_one", "let_go_after"]
+__all__ = ["amend_all", "extend_all", "extend_one", "fork_one", "let_go_after"]
 
 
 def extend_all(state: State, seq_ids: Sequence[Hashable], keys: Sequence[bytes]) -> None:
@@ -60,6 +61,19 @@ def extend_one(state: State, seq_id: Hashable, run: Running, key: bytes) -> None
         state.descriptor.tables_version += 1
     run.last_page_len = last + 1
     run.tail += key
+
+
+def amend_all(state: State, seq_ids: Sequence[Hashable], runs: Sequence[Running], keys: Sequence[bytes]) -> None:
+    """Puts another token in the place of the last one of each running sequence, all or none; raises LengthError."""
+    if len(runs) != len(keys) or any(len(key) != TOKEN_BYTES for key in keys):
+        raise LengthError(f"amend needs one token id for each of {len(runs)} sequences, not {len(keys)} entries")
+    page_size = state.tree.page_size
+    for seq_id, run in zip(seq_ids, runs, strict=True):
+        if not run.tail or run.num_ids <= run.num_tree_pages * page_size:
+            where = "published" if run.tail else "part of the prompt that it was started with"
+            raise LengthError(f"the last token of {seq_id!r} is {where}: only one that extend has added can be amended")
+    for run, key in zip(runs, keys, strict=True):
+        run.tail[-TOKEN_BYTES:] = key
 
 
 def fork_one(state: State, run: Running, seq_id: Hashable, new_seq_id: Hashable) -> None:

@@ -12,7 +12,7 @@ offsets reaches it:
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -103,7 +103,7 @@ def tables_for(pages: npt.NDArray[np.int32], offsets: Int64Array, page_size: int
     return AppendTables(table[:n], table[n : 2 * n], table[2 * n : 3 * n], table[3 * n : -1], table[-1:])
 
 
-def sent(array: npt.NDArray[np.int32], device: torch.device) -> torch.Tensor:
+def sent(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """An array on a device, which on CUDA nothing waits for; elsewhere it may be the same memory."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":

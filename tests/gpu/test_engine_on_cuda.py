@@ -51,6 +51,7 @@ def engine_of(
     packing: Packing = "hybrid",
     max_requests: int = 16,
     graph_sizes: GraphSizes = None,
+    run_ahead: bool | None = None,
 ) -> Engine:
     cache = PrefixCache(manager_for(model, num_pages=num_pages))
     return Engine(
@@ -61,6 +62,7 @@ def engine_of(
         max_tokens_per_step=300,
         packing=packing,
         graph_sizes=graph_sizes,
+        run_ahead=run_ahead,
     )
 
 
@@ -79,7 +81,7 @@ def expect_logits_of(
     """Twelve requests on one prefix, one of whose steps is compared; returns what computed it."""
     system = prompt(1, 700)
     prompts = [system + prompt(2 + i, 10 + 7 * i) for i in range(12)]
-    with engine_of(served, 400, packing, graph_sizes=graph_sizes) as engine:
+    with engine_of(served, 400, packing, graph_sizes=graph_sizes, run_ahead=False) as engine:
         assert engine.runner.attention.backend == "flashinfer"
         engine.generate([system], max_new_tokens=1)
         most = 100 if graph_sizes == "auto" else 40  # it waits for a form to come again before it captures it
@@ -176,6 +178,31 @@ def test_nothing_is_lost_where_pages_are_short(models: tuple[Any, Any], graph_si
         engine.cache.check()
         engine.cache.evict(64)
         assert engine.cache.manager.available_pages_count == 64
+
+
+@pytest.mark.parametrize("packing", ["plain", "hybrid"])
+@pytest.mark.parametrize("graph_sizes", [None, (), (16,), "auto"], ids=str)
+def test_steps_that_are_launched_ahead_choose_the_same_tokens(
+    models: tuple[Any, Any], packing: Packing, graph_sizes: GraphSizes
+) -> None:
+    """All requests of one length: batches are the same, and so is every bit."""
+    served, _ = models
+    prompts = [prompt(1, 700) + prompt(2 + i, 20) for i in range(12)]
+    answers = []
+    for run_ahead in (True, False):
+        with engine_of(served, 400, packing, graph_sizes=graph_sizes, run_ahead=run_ahead) as engine:
+            engine.generate([prompt(1, 700)], max_new_tokens=1)
+            samplings = [Sampling(1.0, top_p=0.9, seed=i) if i % 3 == 0 else Sampling() for i in range(12)]
+            requests = [
+                engine.submit(ids, max_new_tokens=80, sampling=sampling, stop_tokens=())
+                for ids, sampling in zip(prompts, samplings, strict=True)
+            ]
+            engine.wait(requests)
+            assert (engine.steps.num_ahead > 60) == run_ahead
+            engine.cache.check()
+        answers.append([request.tokens for request in requests])
+    same = [one == other for one, other in zip(*answers, strict=True)]
+    assert all(same), same
 
 
 def test_a_seed_means_the_same_twice(models: tuple[Any, Any]) -> None:

@@ -67,7 +67,8 @@ def test_the_parts_for_the_gpu_run_and_lose_no_page(
         assert agree["mean_relative_error"] < 1e-5, "in float32 every way is the truth"
     assert (replay["requests"], replay["finished"], replay["pages_lost"]) == (30, 30, 0)
     assert replay["cached_tokens"] == 20 * 32, "two pages of each prefix, for two of its three requests"
-    assert [(row["packing"], row["graphs"]) for row in by_part["decode"]] == gpu_chat.VARIANTS
+    decoded = [(row["packing"], row["graphs"], row["ahead"]) for row in by_part["decode"]]
+    assert decoded == [(*variant, ahead) for variant in gpu_chat.VARIANTS for ahead in (False, True)]
     assert [row["cached"] for row in by_part["first"]] == list(gpu_chat.TINY.cached)
 
 

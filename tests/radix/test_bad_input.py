@@ -130,6 +130,11 @@ REFUSED: dict[str, tuple[Call, type[Exception], str]] = {
     "extending an id twice": (lambda c: c.extend([0, 0], [[1], [1]]), DuplicateSequenceError, "0"),
     "too few tokens to extend by": (lambda c: c.extend([0, 1], [[1]]), LengthError, "2 .* 1"),
     "extending past the last page": (lambda c: c.extend([0, 1], [[1], [1] * 20]), NoPageError, "pages needed"),
+    "amending an unknown id": (lambda c: c.amend([9], [1]), UnknownSequenceError, "9"),
+    "amending a token of the prompt": (lambda c: c.amend([1], [8]), LengthError, "1 is part of the prompt"),
+    "amending one of two": (lambda c: c.amend([0, 1], [8]), LengthError, "each of 2 sequences, not 1"),
+    "amending by two tokens": (lambda c: c.amend([0], [[8, 9]]), LengthError, "one token id for each"),
+    "amending by what is no token": (lambda c: c.amend([0], [-8]), TokenError, "-8"),
     "publishing an unknown id": (lambda c: c.publish(9), UnknownSequenceError, "9"),
     "publishing more than there is": (lambda c: c.publish(0, num_tokens=6), LengthError, "5 tokens .* 6"),
     "publishing less than nothing": (lambda c: c.publish(0, num_tokens=-1), LengthError, "-1"),
@@ -179,6 +184,27 @@ def test_starting_and_extending_nothing_is_legal() -> None:
     assert cache.evict(0) == 0
     assert cache.pack_for_flashinfer([]).kv_page_indptr.tolist() == [0]
     assert snapshot(cache) == before
+
+
+def test_a_token_that_is_published_is_not_amended_nor_is_any_other_then() -> None:
+    cache = running()
+    cache.extend([0, 1], [[8], [9, 9]])
+    cache.amend([0, 1], [5, 6])
+    assert cache.state.running[1].key(3) == np.array([7, 9, 6], dtype=np.int32).tobytes()
+    cache.extend([1], [4])
+    cache.publish(1)
+    before = snapshot(cache)
+    with pytest.raises(LengthError, match="1 is published"):
+        cache.amend([0, 1], [2, 3])
+    assert snapshot(cache) == before
+    cache.truncate(1, 1)
+    with pytest.raises(LengthError, match="1 is part of the prompt"):
+        cache.amend([1], [3])
+    cache.extend([1], [3])
+    cache.amend([1], torch.tensor([2]))
+    cache.finish(1)
+    assert cache.match([7, 2]).num_tokens == 2
+    cache.check()
 
 
 def test_can_start_says_no_to_a_prompt_that_never_fits() -> None:

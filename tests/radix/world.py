@@ -162,11 +162,15 @@ class World:
     def extend(self, items: tuple[tuple[int, Tokens], ...]) -> None:
         chunks = dict(items)
         needed = self.model.plan_extend(chunks)
+        # Some last tokens are not known yet, and said afterwards.
+        unknown = {seq_id: chunk[-1] for seq_id, chunk in items if sum(chunk) % 3 == 0}
 
         def call() -> None:
+            given = [(seq_id, (*chunk[:-1], 99) if seq_id in unknown else chunk) for seq_id, chunk in items]
             # A single id goes in as it is, or as an array of one.
-            token_ids = [chunk[0] if len(chunk) == 1 and seq_id % 2 else chunk for seq_id, chunk in items]
+            token_ids = [chunk[0] if len(chunk) == 1 and seq_id % 2 else chunk for seq_id, chunk in given]
             self.cache.extend([seq_id for seq_id, _ in items], token_ids)
+            self.cache.amend(list(unknown), list(unknown.values()))
 
         if isinstance(needed, Short):
             self.must_be_short(needed, call)

@@ -4,6 +4,8 @@
                       prompts in chunks           plain for append,     model(input_ids [1, rows],
                                                   levels for attention        radix_step=Step)
 
+On CUDA the next step is launched before the tokens of this one are read (`flight`), so that the device does not wait.
+
 What a request has computed becomes a prefix for others: page by page while its prompt is computed, the rest when it
 ends or is preempted. The token that was chosen last has no KV yet; it gets one when it is fed back, or never.
 """
@@ -17,11 +19,12 @@ import time
 from typing import TYPE_CHECKING, Literal
 
 from radix.cache import PrefixCache
+from radix.integrations.transformers.flight import Steps
 from radix.integrations.transformers.model import manager_for
 from radix.integrations.transformers.reader import Reader
 from radix.integrations.transformers.request import Options, Piece, Request
 from radix.integrations.transformers.runner import Packing, Runner
-from radix.integrations.transformers.sampling import Draw, Sampling, choose_tokens
+from radix.integrations.transformers.sampling import Draw, Sampling
 from radix.integrations.transformers.scheduler import Scheduler
 from radix.integrations.transformers.text import TextStream, as_texts, as_token_set, encode
 from seqattn.counts import as_count, positive
@@ -39,12 +42,11 @@ if TYPE_CHECKING:
         Sequence,
     )
 
-    import torch
     from typing_extensions import Self, Unpack
 
     from radix.integrations.transformers.decoding import GraphSizes
+    from radix.integrations.transformers.flight import Landed
     from radix.integrations.transformers.model import Model, ModelShape
-    from radix.integrations.transformers.scheduler import Batch
     from radix.integrations.transformers.text import Prompt, Tokenizer
     from seqattn.hybrid import CostModel
 
@@ -81,6 +83,8 @@ class Engine:
             captured raises `CaptureError`.
             (): only the attention of each layer. None: nothing; where other threads use the device at the same time, or
             kernels launch on CUDA's legacy stream instead of torch's, which a capture does not see.
+        run_ahead: launch a decode step before the tokens of the one before are read; None: on CUDA. A request that is
+            ended by what it says has then computed a token more, for nothing; a new one may join a step later.
         name: requests without an id get the ids "NAME 0", "NAME 1", …
         clock: seconds, for the figures of requests.
 
@@ -112,6 +116,7 @@ class Engine:
         packing: Packing = "hybrid",
         cost_model: CostModel | Literal["auto"] | None = "auto",
         graph_sizes: GraphSizes = "auto",
+        run_ahead: bool | None = None,
         name: str = "request",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -135,6 +140,8 @@ class Engine:
         self.clock = clock
         self.on_short: list[Callable[[], bool]] = []
         self.scheduler = Scheduler(cache, most, budget, self.on_short)
+        ahead = self.shape.device.type == "cuda" if run_ahead is None else run_ahead
+        self.steps = Steps(self.runner, self.scheduler, run_ahead=ahead)
         self._lock = threading.RLock()
         self._count = itertools.count()
         self._open: dict[Hashable, Request] = {}
@@ -274,19 +281,7 @@ class Engine:
         Cost: the model's forward, and on the host O(rows + pages + requests).
         """
         with self._lock:
-            batch = self.scheduler.next_batch()
-            if not batch.requests:
-                return []
-            try:
-                step = self.runner.prepare(batch)
-                logits = self.runner.forward(step)
-                families = self._families(batch)
-                tokens = self._sample(logits, families)
-            except BaseException:
-                self.scheduler.undo(batch)
-                raise
-            self.scheduler.done(batch)
-            return self._accept(families, tokens)
+            return self._accept(self.steps.next())
 
     def cancel(self, request: Request) -> None:
         """Ends a request now; what it has computed is published. Nothing happens if it is finished.
@@ -314,6 +309,7 @@ class Engine:
             if request.is_finished:
                 raise SeqAttnError(f"{request.id!r} is finished and cannot be forked: submit its tokens anew")
             self._refuse_foreign(request)
+            self.steps.drop()  # the sequence has no token then that the request has not
             number, free_id = self._next()
             child = request.copy(free_id, Draw(sampling), self.clock(), number)
             self._refuse_id(child.id, child.namespace)
@@ -334,6 +330,7 @@ class Engine:
             while scheduler.inbox or scheduler.waiting or scheduler.running:
                 for request in (*scheduler.inbox, *scheduler.waiting, *scheduler.running):
                     self.cancel(request)
+            self.steps.drop()
             self.runner.close()
 
     def __enter__(self) -> Self:
@@ -388,34 +385,16 @@ class Engine:
             self._refuse_foreign(request)
             self.step()
 
-    @staticmethod
-    def _families(batch: Batch) -> list[list[Request]]:
-        """Those that get a token in this step, each with the forks that begin with it."""
-        return [
-            request.family()
-            for request, size in zip(batch.requests, batch.num_new, strict=True)
-            if request.num_done + size >= len(request.todo)
-        ]
-
-    def _sample(self, logits: torch.Tensor, families: list[list[Request]]) -> list[int]:
-        """A token for each of `families`, the requests of one of which share a row of logits."""
-        if not families:
-            return []
-        draws = [request.draw for family in families for request in family]
-        if len(draws) > len(families):
-            logits = logits[[row for row, family in enumerate(families) for _ in family]]
-        return choose_tokens(logits, draws)
-
-    def _accept(self, families: list[list[Request]], tokens: list[int]) -> list[Request]:
+    def _accept(self, landed: Landed) -> list[Request]:
         """Gives requests their tokens, starts forks, and ends what is finished; returns the requests."""
         now = self.clock()
-        requests = [request for family in families for request in family]
-        for request, token in zip(requests, tokens, strict=True):
+        for request, token in itertools.chain(*landed):
             request.accept(token, now)
-        for first, *forks in families:
-            for request in (first, *forks):
+        requests = [request for family in landed for request, _ in family]
+        for (first, _), *forks in landed:
+            for request in (first, *(fork for fork, _ in forks)):
                 request.forks = []
-            for fork in forks:
+            for fork, _ in forks:
                 if not fork.is_finished:
                     self.scheduler.fork(first, fork)
         for request in requests:

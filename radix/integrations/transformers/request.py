@@ -143,6 +143,7 @@ class Request:
     def accept(self, token: int, now: float) -> None:
         """Adds the next token, and decides whether it is the last."""
         self.tokens.append(token)
+        self.draw.accept()
         if self.first_token_at is None:
             self.first_token_at = now
         if token in self.stop_tokens:

@@ -5,6 +5,8 @@ input_ids        [ a9            b4            c0 c1 c2 ]
 position_ids     [ 9             4             0  1  2  ]
 append_indptr    [ 0             1             2         5 ]
 last_rows        [ 0             1                   4  ]      if c's prompt ends here
+
+The tokens of a batch that is made ahead, while the step before it is on its way, are on the device alone.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from radix.integrations.transformers.attention import NAME, Step
 from radix.integrations.transformers.decoding import GraphSizes, GraphStep, decoder_for
 from radix.integrations.transformers.model import describe
 from radix.integrations.transformers.packing import HybridPacker
+from seqattn.append import sent
 from seqattn.attention.front import PagedAttention
 from seqattn.errors import BadValueError, ModelError
 from seqattn.hybrid import CostModel
@@ -93,13 +96,17 @@ class Runner:
         if self.model.config._attn_implementation == NAME:
             self.model.set_attn_implementation(self._had)
 
-    def prepare(self, batch: Batch) -> Step | GraphStep:
+    def prepare(self, batch: Batch, tokens: torch.Tensor | None = None) -> Step | GraphStep:
         """The batch as tensors on the model's device, and its attention planned; one copy besides the plan's own.
+
+        Args:
+            batch: what to compute.
+            tokens: the new token of each request, int64 on the device, of a batch that is made ahead; None otherwise.
 
         Cost: O(rows + pages).
         """
-        if self.decoder is not None and batch.decodes:
-            return self._prepare_decoding(batch)
+        if batch.decodes:
+            return self._prepare_decoding(batch, tokens)
         requests = batch.requests
         num_new = np.array(batch.num_new, dtype=np.int64)
         num_done = np.array([request.num_done for request in requests], dtype=np.int64)
@@ -111,24 +118,31 @@ class Runner:
         np.concatenate(_tokens(batch), out=host[:num_rows])
         host[num_rows : 2 * num_rows] = np.arange(num_rows) + np.repeat(lens - ends, num_new)
         host[2 * num_rows :] = last
-        sent = torch.from_numpy(host).to(self.shape.device, non_blocking=True)
-        tokens, positions, rows = sent[:num_rows], sent[num_rows : 2 * num_rows], sent[2 * num_rows :]
+        there = sent(host, self.shape.device)
+        rows = there[2 * num_rows :] if len(last) < num_rows else None
         ids, num_tokens = [request.id for request in requests], lens.tolist() if any(in_part) else None
         packed = self.cache.pack_for_flashinfer(ids, num_tokens=num_tokens)
         data = packed if self._is_plain(ids) else self._pack(ids, batch, num_tokens)
-        self.attention.plan(data, query_lens=None if batch.decodes else batch.num_new)
+        self.attention.plan(data, query_lens=batch.num_new)
         indptr = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
-        wanted = rows if len(last) < num_rows else None
-        return Step(self.attention, packed, indptr, tokens[None], positions[None], wanted)
+        return Step(self.attention, packed, indptr, there[None, :num_rows], there[None, num_rows : 2 * num_rows], rows)
 
-    def _prepare_decoding(self, batch: Batch) -> GraphStep:
+    def _prepare_decoding(self, batch: Batch, tokens: torch.Tensor | None) -> Step | GraphStep:
         """A step in which every request has one new token, its newest."""
         num, requests = len(batch.requests), batch.requests
-        host = np.empty(2 * num, dtype=np.int64)
-        host[:num] = [request.tokens[-1] for request in requests]
-        host[num:] = [request.num_done for request in requests]
-        sent = torch.from_numpy(host).to(self.shape.device, non_blocking=True)
-        return GraphStep(self._pack([request.id for request in requests], batch, None), sent[:num], sent[num:])
+        ids = [request.id for request in requests]
+        host = np.empty(num if tokens is not None else 2 * num, dtype=np.int64)
+        host[:num] = [request.num_done + batch.num_ahead for request in requests]
+        if tokens is None:
+            host[num:] = [request.tokens[-1] for request in requests]
+        there = sent(host, self.shape.device)
+        positions, tokens = there[:num], there[num:] if tokens is None else tokens
+        if self.decoder is not None:
+            return GraphStep(self._pack(ids, batch, None), tokens, positions)
+        packed = self.cache.pack_for_flashinfer(ids)
+        self.attention.plan(packed if self._is_plain(ids) else self._pack(ids, batch, None))
+        indptr = torch.arange(num + 1, dtype=torch.int32)
+        return Step(self.attention, packed, indptr, tokens[None], positions[None], None)
 
     def _is_plain(self, ids: list[Hashable]) -> bool:
         return self.packing == "plain" or len(ids) == 1

@@ -2,18 +2,21 @@
 
 A draw is one uniform number u in [0, 1) from the request's generator; the token is where the cumulated probability
 passes u (inversion: Devroye, Non-Uniform Random Variate Generation, 1986, II.2). So a request's tokens depend on its
-seed and its logits, whatever else is in the batch.
+seed and its logits, whatever else is in the batch. The number belongs to the token: a step that is computed again,
+since it failed or was taken back, chooses by the same one.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from attrs import define, field
 
+from seqattn.append import sent
 from seqattn.counts import is_int
 from seqattn.errors import BadValueError
 
@@ -74,7 +77,7 @@ class Sampling:
 class Draw:
     """The sampling of one request: its options and its generator; raises BadValueError if they are no `Sampling`."""
 
-    __slots__ = ("random", "sampling")
+    __slots__ = ("_numbers", "random", "sampling")
 
     def __init__(self, sampling: Sampling) -> None:
         # Callers without type checks pass a temperature.
@@ -83,37 +86,46 @@ class Draw:
             raise BadValueError(f"sampling must be a Sampling, not {given!r}")
         self.sampling = sampling
         self.random = None if sampling.is_greedy else np.random.Generator(np.random.PCG64(sampling.seed))
+        self._numbers: deque[float] = deque()  # of tokens that are still to be accepted
 
-    def uniform(self) -> float:
-        """The next number in [0, 1); only for a request that is not greedy."""
-        return 0.0 if self.random is None else self.random.random()
+    def uniform(self, nth: int = 0) -> float:
+        """The number in [0, 1) of the nth token after those accepted; 0 for a request that is greedy."""
+        if self.random is None:
+            return 0.0
+        while len(self._numbers) <= nth:
+            self._numbers.append(self.random.random())
+        return self._numbers[nth]
+
+    def accept(self) -> None:
+        """A token was chosen for good."""
+        if self._numbers:
+            self._numbers.popleft()
 
 
-def choose_tokens(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-    """A token for each row of logits [rows, vocabulary]; waits for the device once, twice if anything is drawn.
+def choose_tokens(logits: torch.Tensor, draws: Sequence[Draw], nth: int = 0) -> torch.Tensor:
+    """A token for each row of logits [rows, vocabulary], int64 [rows] on their device; waits for nothing.
+
+    Args:
+        logits: in any floating dtype.
+        draws: of the request of each row.
+        nth: how many tokens of each request are chosen, but not accepted yet.
 
     Cost: an argmax, and for the rows that draw a softmax and a cumulated sum, with a sort where top_k or top_p is set.
     """
-    drawn = [i for i, draw in enumerate(draws) if draw.random is not None]
-    if not drawn:
-        greedy: list[int] = logits.argmax(dim=-1).tolist()
-        return greedy
-    index = torch.tensor(drawn, device=logits.device)
     tokens = logits.argmax(dim=-1)
-    tokens[index] = _drawn_tokens(logits[index], [draws[i] for i in drawn])
-    chosen: list[int] = tokens.tolist()
-    return chosen
+    drawn = [i for i, draw in enumerate(draws) if draw.random is not None]
+    if drawn:
+        index = sent(np.array(drawn), logits.device)
+        tokens[index] = _drawn_tokens(logits[index], [draws[i] for i in drawn], nth)
+    return tokens
 
 
-def _drawn_tokens(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+def _drawn_tokens(logits: torch.Tensor, draws: Sequence[Draw], nth: int) -> torch.Tensor:
     """A drawn token for each row, int64 [rows]."""
     options = [draw.sampling for draw in draws]
-    uniform = [draw.uniform() for draw in draws]
-    columns = torch.tensor(
-        [[o.temperature, o.top_p, o.top_k or logits.shape[-1], u] for o, u in zip(options, uniform, strict=True)],
-        dtype=torch.float64,
-        device=logits.device,
-    )
+    uniform = [draw.uniform(nth) for draw in draws]
+    numbers = [[o.temperature, o.top_p, o.top_k or logits.shape[-1], u] for o, u in zip(options, uniform, strict=True)]
+    columns = sent(np.array(numbers, dtype=np.float64), logits.device)
     temperature, top_p, top_k, number = columns.unsqueeze(-1).unbind(1)
     scores = logits.double()
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature  # at most 0: nothing is too large to divide

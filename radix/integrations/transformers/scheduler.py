@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import numpy as np
 from attrs import define, field
 
 from radix.tokens import TOKEN_BYTES, common_bytes
@@ -32,6 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Growth", "Scheduler"]
 
+#: stands for a token until it is known
+_UNKNOWN = 0
+#: steps after which what waits is tried again though no request has ended: others may have let go of pages
+_PATIENCE = 16
 #: versions of the page tables before and after something
 Growth: TypeAlias = tuple[int, int]
 
@@ -44,12 +47,14 @@ class Batch(NamedTuple):
         num_decoding: how many decode.
         num_new: tokens of each, at least 1.
         growth: versions of the page tables before and after those that decode were extended; None if none does.
+        num_ahead: tokens of each, before the new ones, that a batch on its way computes.
     """
 
     requests: list[Request]
     num_decoding: int
     num_new: list[int]
     growth: Growth | None
+    num_ahead: int = 0
 
     @property
     def decodes(self) -> bool:
@@ -82,6 +87,8 @@ class Scheduler:
     waiting: deque[Request] = field(factory=deque)
     running: list[Request] = field(factory=list)
     is_holding: bool = False
+    #: steps that may be launched ahead while what waits cannot start, as was found when it was last tried
+    _patience: int = 0
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -103,14 +110,43 @@ class Scheduler:
                 budget -= size
         return Batch(requests, len(decoding), num_new, growth)
 
-    def undo(self, batch: Batch) -> None:
-        """Takes back what `next_batch` added to the sequences: the step failed."""
+    def batch_after(self, batch: Batch) -> Batch | None:
+        """What decodes after a batch that is on its way, extended by tokens that are not known yet.
+
+        None where that batch decides what comes next: it computes prompts, or what waits may start when it has ended.
+        Requests that end with it by their length are left out; those that it turns out to end otherwise are not.
+        """
+        if not batch.decodes or self.inbox or len(self.running) > len(batch.requests):
+            return None
+        requests = [r for r in batch.requests if not r.is_finished and len(r.tokens) + 1 < r.max_new_tokens]
+        if self.waiting and len(requests) < self.max_requests:
+            if self._patience == 0 or len(requests) < len(batch.requests):
+                return None
+            self._patience -= 1
+        if not requests:
+            return None
+        try:
+            growth = self._grow(requests, [_UNKNOWN] * len(requests))
+        except NoPageError:
+            return None
+        return Batch(requests, len(requests), [1] * len(requests), growth, num_ahead=1)
+
+    def tell(self, batch: Batch, tokens: dict[Request, int]) -> None:
+        """The tokens that were not known when a batch was made ahead; of other requests, too."""
+        requests = [request for request in batch.requests if request in tokens]
+        self.cache.amend([request.id for request in requests], [tokens[request] for request in requests])
+
+    def undo(self, batch: Batch, num_ahead: int = 0) -> None:
+        """Takes back what a batch added to the sequences, behind `num_ahead` tokens of one that is on its way."""
         for request in batch.requests[: batch.num_decoding]:
-            self.cache.truncate(request.id, request.num_done)
+            if not request.is_finished:
+                self.cache.truncate(request.id, request.num_done + num_ahead)
 
     def done(self, batch: Batch) -> None:
         """The KV of a batch is written: publishes what it computed of prompts."""
         for i, (request, size) in enumerate(zip(batch.requests, batch.num_new, strict=True)):
+            if request.is_finished:
+                continue
             request.num_done += size
             if i >= batch.num_decoding:
                 request.num_computed_tokens += size
@@ -119,23 +155,28 @@ class Scheduler:
     def _extend(self, decoding: list[Request]) -> tuple[list[Request], Growth | None]:
         """Extends what decodes by one token each, preempting the newest requests until there is room."""
         while decoding:
-            tokens = np.array([request.tokens[-1] for request in decoding], dtype=np.int32)
+            tokens = [request.tokens[-1] for request in decoding]
             try:
-                with self.cache.lock:
-                    version = self.cache.descriptor.tables_version
-                    self.cache.extend([request.id for request in decoding], tokens)
-                    return decoding, (version, self.cache.descriptor.tables_version)
+                return decoding, self._grow(decoding, tokens)
             except NoPageError:
                 victim = max(self.running, key=lambda request: request.arrival)
                 self.preempt(victim)
                 decoding = [request for request in decoding if request is not victim]
         return [], None
 
+    def _grow(self, requests: list[Request], tokens: list[int]) -> Growth:
+        """Extends each by a token; raises NoPageError, and nothing has changed."""
+        with self.cache.lock:
+            version = self.cache.descriptor.tables_version
+            self.cache.extend([request.id for request in requests], tokens)
+            return version, self.cache.descriptor.tables_version
+
     # -- coming and going ---------------------------------------------------------------------------------------------
 
     def admit(self) -> None:
         """Starts what waits, while there is room."""
         self._collect()
+        self._patience = _PATIENCE
         if self.is_holding and self.running:
             return
         passed: list[Request] = []
@@ -206,6 +247,7 @@ class Scheduler:
             self.cache.finish(request.id, num_tokens=request.num_done)
             self.running.remove(request)
             self.is_holding = False
+            self._patience = 0
         else:
             self._collect()
             if request in self.waiting:

@@ -1,0 +1,244 @@
+"""Steps launched before the tokens of the one before are read: the same answers, and nothing lost on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from radix.integrations.transformers import Engine, Request, Sampling
+from radix.integrations.transformers import flight as flights
+from tests.integrations.models import check_all_free, engine_for, generated, prompt
+
+pytest.importorskip("transformers", reason="needs the extra chat")
+
+SYSTEM = prompt(1, 20)
+
+
+def tokens_of(run_ahead: bool, **options: Any) -> list[list[int]]:  # noqa: ANN401  of the engine
+    """Answers of different lengths, greedy and drawn, some ended by a token."""
+    engine = engine_for(run_ahead=run_ahead, **options)
+    requests = []
+    for i in range(8):
+        sampling = Sampling(temperature=1.2, top_p=0.9, seed=i) if i % 2 else Sampling()
+        stops = [i + 20] if i % 3 else None
+        ids = SYSTEM + prompt(30 + i, 1 + i)
+        requests.append(engine.submit(ids, max_new_tokens=5 + 6 * i, sampling=sampling, stop_tokens=stops))
+        engine.step()
+    engine.wait(requests)
+    assert (engine.steps.num_ahead > 0) == run_ahead
+    check_all_free(engine)
+    return [request.tokens for request in requests]
+
+
+@pytest.mark.parametrize("options", [{}, {"graph_sizes": (8,)}, {"packing": "plain"}, {"num_pages": 14}], ids=str)
+def test_answers_are_those_of_steps_one_by_one(options: dict[str, Any]) -> None:
+    assert tokens_of(True, **options) == tokens_of(False, **options)
+
+
+def test_a_step_is_launched_before_the_tokens_of_the_one_before_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, log = engine_for(run_ahead=True), []
+    forward, read = engine.runner.forward, flights._Flight.read
+    monkeypatch.setattr(engine.runner, "forward", lambda step: log.append("launch") or forward(step))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(flights._Flight, "read", lambda flight: log.append("read") or read(flight))  # type: ignore[func-returns-value]
+    engine.generate([prompt(1, 9)], max_new_tokens=5, stop_tokens=())
+    assert log == ["launch", "read", "launch", "launch", "read", "launch", "read", "launch", "read", "read"]
+    assert engine.steps.num_ahead == 3, "the last step is known to be the last"
+
+
+def running(
+    num_requests: int = 3,
+    *,
+    num_steps: int = 3,
+    most: int = 30,
+    **options: Any,  # noqa: ANN401  of the engine
+) -> tuple[Engine, list[Request]]:
+    """An engine with a step on its way."""
+    engine = engine_for(run_ahead=True, **options)
+    prompts = [SYSTEM + prompt(40 + i, 3 + i) for i in range(num_requests)]
+    requests = [engine.submit(ids, max_new_tokens=most, stop_tokens=()) for ids in prompts]
+    for _ in range(num_steps):
+        engine.step()
+    assert engine.steps._flight is not None
+    engine.cache.check()
+    return engine, requests
+
+
+def expect(*requests: Request) -> None:
+    for request in requests:
+        want = generated("Llama", request.prompt.tolist(), 30)
+        assert request.tokens == want[: len(request.tokens)]
+
+
+def test_the_newest_token_of_a_sequence_is_that_of_its_request() -> None:
+    engine, requests = running()
+    for _ in range(20):
+        engine.step()
+        for request in requests:
+            num_tokens = len(request.prompt) + len(request.tokens)
+            run = engine.cache.state.running[request.id]
+            assert run.num_ids == num_tokens, "its newest token is in the step on its way"
+            assert run.key(num_tokens) == request.all_tokens.tobytes()
+    expect(*requests)
+
+
+def test_who_is_cancelled_on_the_way_gets_nothing_more() -> None:
+    engine, requests = running()
+    before = requests[0].tokens[:]
+    engine.cancel(requests[0])
+    assert engine.cache.match(requests[0].prompt).num_tokens == len(requests[0].prompt)
+    assert engine.step() == requests[1:]
+    assert requests[0].tokens == before
+    engine.wait(requests)
+    expect(*requests)
+    check_all_free(engine)
+
+
+def test_a_step_of_which_nobody_is_left_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, requests = running()
+    for request in requests:
+        engine.cancel(request)
+    monkeypatch.setattr(flights._Flight, "read", lambda _: pytest.fail("nobody wants its tokens"))
+    assert engine.step() == []
+    monkeypatch.undo()
+    assert engine.generate([SYSTEM], max_new_tokens=6)[0].tokens == generated("Llama", SYSTEM, 6)
+    check_all_free(engine)
+
+
+def test_who_joins_does_so_when_the_step_on_its_way_has_landed() -> None:
+    engine, requests = running()
+    late = engine.submit(prompt(50, 8), max_new_tokens=4, stop_tokens=())
+    assert engine.step() == requests
+    assert engine.step() == [*requests, late]
+    engine.wait([*requests, late])
+    expect(*requests)
+
+
+def test_a_fork_stands_where_its_parent_stands_and_the_step_on_its_way_is_taken_back() -> None:
+    engine, requests = running(num_steps=6)
+    drawn = engine.submit(prompt(60, 7), max_new_tokens=20, sampling=Sampling(1.0, seed=4), stop_tokens=())
+    for _ in range(6):
+        engine.step()
+    twin = engine.fork(requests[1], sampling=Sampling())
+    assert engine.steps._flight is None
+    assert twin.tokens == requests[1].tokens
+    for request in (*requests, drawn, twin):
+        assert engine.cache.descriptor.num_tokens(request.id) == len(request.prompt) + len(request.tokens) - 1
+    engine.cache.check()
+    engine.wait([*requests, drawn, twin])
+    expect(*requests, twin)
+    alone = engine_for().generate([prompt(60, 7)], max_new_tokens=20, sampling=Sampling(1.0, seed=4), stop_tokens=())
+    assert drawn.tokens == alone[0].tokens, "numbers that were drawn for a step that was taken back are drawn again"
+    check_all_free(engine)
+
+
+class BrokenError(Exception):
+    """Of a model or a device."""
+
+
+def test_a_step_that_cannot_be_launched_leaves_the_one_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, requests = running()
+    num_before = [len(request.tokens) for request in requests]
+
+    def broken(_: object) -> torch.Tensor:
+        raise BrokenError
+
+    monkeypatch.setattr(engine.runner, "forward", broken)
+    with pytest.raises(BrokenError):
+        engine.step()
+    assert [len(request.tokens) for request in requests] == num_before
+    engine.cache.check()
+    assert engine.step() == requests, "what was on its way lands"
+    for _ in range(2):
+        with pytest.raises(BrokenError):
+            engine.step()
+    engine.cache.check()
+    monkeypatch.undo()
+    engine.wait(requests)
+    expect(*requests)
+    check_all_free(engine)
+
+
+def test_tokens_that_cannot_be_read_are_chosen_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, requests = running()
+    drawn = engine.submit(prompt(60, 7), max_new_tokens=20, sampling=Sampling(1.0, seed=4), stop_tokens=())
+    for _ in range(5):
+        engine.step()
+    num_before = [len(request.tokens) for request in requests]
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(flights._Flight, "read", lambda _: (_ for _ in ()).throw(BrokenError()))
+            with pytest.raises(BrokenError):
+                engine.step()
+        assert [len(request.tokens) for request in requests] == num_before
+        for request in (*requests, drawn):
+            assert engine.cache.descriptor.num_tokens(request.id) == request.num_done
+        engine.cache.check()
+    engine.wait([*requests, drawn])
+    expect(*requests)
+    alone = engine_for().generate([prompt(60, 7)], max_new_tokens=20, sampling=Sampling(1.0, seed=4), stop_tokens=())
+    assert drawn.tokens == alone[0].tokens
+    check_all_free(engine)
+
+
+def test_what_waits_and_cannot_start_holds_nothing_up() -> None:
+    """Steps go ahead while there are no pages for who waits; it is tried again when one has ended, and now and then."""
+    for ends in (False, True):
+        engine, requests = running(2, num_pages=40)
+        manager = engine.cache.manager
+        held = manager.allocate(manager.available_pages_count - 7)
+        late = engine.submit(prompt(70, 60), max_new_tokens=4, stop_tokens=())
+        begin = engine.steps.num_ahead
+        for _ in range(20):
+            engine.step()
+        assert not late.tokens
+        assert 17 <= engine.steps.num_ahead - begin < 20, "in between it is tried again"
+        manager.unref(held)
+        if ends:
+            engine.cancel(requests[0])
+        for _ in range(2 if ends else 17):
+            if not late.tokens:
+                engine.step()
+        assert late.tokens
+        engine.wait([*requests, late])
+        assert late.tokens == generated("Llama", late.prompt.tolist(), 4)
+        expect(*requests)
+        check_all_free(engine)
+
+
+def test_without_pages_for_one_step_more_it_is_not_launched() -> None:
+    engine, requests = running(2, num_pages=9, most=26)
+    engine.wait(requests)
+    assert sum(request.num_preemptions for request in requests) > 0
+    expect(*requests)
+    check_all_free(engine)
+
+
+def test_closing_leaves_nothing_on_its_way() -> None:
+    engine, requests = running()
+    engine.close()
+    assert engine.steps._flight is None
+    assert all(request.finish_reason == "cancelled" for request in requests)
+    check_all_free(engine)
+
+
+def test_it_is_on_by_itself_on_cuda_alone() -> None:
+    assert not engine_for().steps.run_ahead
+    assert not engine_for(run_ahead=False).steps.run_ahead
+    assert engine_for(run_ahead=True).steps.run_ahead
+
+
+def test_random_numbers_of_requests_are_their_own() -> None:
+    """Requests of one seed in one batch draw alike, whatever is taken back in between."""
+    engine = engine_for(run_ahead=True)
+    options: dict[str, Any] = {"max_new_tokens": 24, "sampling": Sampling(1.3, seed=9), "stop_tokens": ()}
+    requests = [engine.submit(SYSTEM, **options) for _ in range(3)]
+    random = np.random.default_rng(0)
+    while not all(request.is_finished for request in requests):
+        engine.step()
+        if random.random() < 0.3:
+            engine.steps.drop()
+    assert requests[0].tokens == requests[1].tokens == requests[2].tokens
+    assert requests[0].tokens == engine_for().generate([SYSTEM], **options)[0].tokens
