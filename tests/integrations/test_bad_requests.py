@@ -81,6 +81,7 @@ def test_an_id_may_be_used_again_when_its_request_is_finished_or_cancelled() -> 
     [
         ({"cost_model": "fast"}, "cost_model must be None, 'auto' or a CostModel, not 'fast'"),
         ({"packing": "both"}, "packing must be 'hybrid' or 'plain', not 'both'"),
+        ({"run_ahead": "auto"}, "run_ahead must be True, False, or None for True on CUDA, not 'auto'"),
     ],
 )
 def test_bad_options_of_an_engine_are_refused(options: dict[str, Untyped], problem: str) -> None:

@@ -140,6 +140,8 @@ class Engine:
         self.clock = clock
         self.on_short: list[Callable[[], bool]] = []
         self.scheduler = Scheduler(cache, most, budget, self.on_short)
+        if run_ahead not in (None, True, False):
+            raise BadValueError(f"run_ahead must be True, False, or None for True on CUDA, not {run_ahead!r}")
         ahead = self.shape.device.type == "cuda" if run_ahead is None else run_ahead
         self.steps = Steps(self.runner, self.scheduler, run_ahead=ahead)
         self._lock = threading.RLock()
@@ -268,7 +270,7 @@ class Engine:
         return len(self.scheduler.running)
 
     def step(self) -> list[Request]:
-        """One forward of everything that runs, chunks of prompts included.
+        """One forward of everything that runs, chunks of prompts included; with `run_ahead` the next is on its way.
 
         Returns:
             The requests that got a token, finished ones included; empty if none did.
@@ -276,7 +278,7 @@ class Engine:
         Raises:
             NoPageError: nothing runs, and pins or others hold the pages that each of the first requests needs. Nothing
                 is lost: step again when they let go.
-            Whatever the model raises: requests stand where they stood.
+            Whatever the model raises: requests stand where they stood, and a forward on its way lands with the next step.
 
         Cost: the model's forward, and on the host O(rows + pages + requests).
         """
