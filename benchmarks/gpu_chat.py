@@ -3,9 +3,8 @@
     python -m benchmarks.gpu_chat --out DIR [--trace conversation_trace.jsonl.gz] [--only agree host decode …] [--tiny]
 
 first    time to the first token of a new message after 8k and 32k cached tokens, and of the same prompt cold
-decode   tokens per second of 64 conversations on one 8k system prompt: hybrid and plain packing, without CUDA graphs,
-         with graphs of each layer's attention, and with one graph of a whole step; each step launched when the tokens
-         of the one before were read, and before
+decode   tokens per second of 64 conversations on one 8k system prompt: hybrid and plain packing, no CUDA graphs, graphs
+         of each layer's attention, one graph of a whole step; steps launched when the one before is read, and ahead
 static   the same by transformers' `generate` with a static cache, eager; `compiled` lets it compile its decoding
 agree    ways to compute the same step: how often the greedy token is the same, by how many bfloat16 steps the two best
          logits are apart where it is not, and how far each way is from float32 (`gpu_chat_ways`)
@@ -148,17 +147,15 @@ def decode(work: Work) -> Iterator[Row]:
     for packing, graphs in VARIANTS:
         engine, _ = work.batch_engine(packing, graphs)
         with engine:
-            for run_ahead in (False, True):
-                engine.steps.run_ahead = run_ahead
+            for engine.steps.run_ahead in (False, True):
                 for _ in range(8):
                     engine.step()
                 begin = time.perf_counter()
                 for _ in range(work.sizes.steps):
                     engine.step()
-                seconds = time.perf_counter() - begin
-                rate = work.sizes.batch * work.sizes.steps / seconds
-                how = {"packing": packing, "graphs": graphs, "ahead": run_ahead}
-                yield how | {"tokens_per_s": rate, "step_ms": seconds / work.sizes.steps * 1e3}
+                step = (time.perf_counter() - begin) / work.sizes.steps
+                how = {"packing": packing, "graphs": graphs, "ahead": engine.steps.run_ahead}
+                yield how | {"tokens_per_s": work.sizes.batch / step, "step_ms": step * 1e3}
             engine.cache.check()
 
 

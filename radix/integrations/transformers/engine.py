@@ -278,7 +278,7 @@ class Engine:
         Raises:
             NoPageError: nothing runs, and pins or others hold the pages that each of the first requests needs. Nothing
                 is lost: step again when they let go.
-            Whatever the model raises: requests stand where they stood, and a forward on its way lands with the next step.
+            Whatever the model raises: requests stand where they stood; a forward on its way lands with the next step.
 
         Cost: the model's forward, and on the host O(rows + pages + requests).
         """
