@@ -81,11 +81,18 @@ def _decode(rows: Rows) -> str:
 
 def _facts(rows: Rows) -> str:
     """First tokens and the replay."""
+    graphs = {"none": "without graphs", "auto": "with graphs"}
     lines = [
-        f"- First token of {row['message']} new tokens after {row['cached']:,} cached: {row['cached_ms']:.1f} ms; the "
-        f"same prompt cold: {row['cold_ms']:.1f} ms."
+        f"- First token of {row['message']} new tokens after {row['cached']:,} cached, {graphs[row['graphs']]}: "
+        f"{row['cached_ms']:.1f} ms; the same prompt cold: {row['cold_ms']:.1f} ms."
         for row in rows
         if row["part"] == "first"
+    ]
+    lines += [
+        f"- The same beside {row['others']} that decode, {graphs[row['graphs']]}: {row['joins_ms']:.1f} ms; "
+        f"the others pause for {row['pause_ms']:.1f} ms."
+        for row in rows
+        if row["part"] == "join"
     ]
     replay = next(row for row in rows if row["part"] == "replay")
     lines.append(

@@ -2,7 +2,9 @@
 
     python -m benchmarks.gpu_chat --out DIR [--trace conversation_trace.jsonl.gz] [--only agree host decode …] [--tiny]
 
-first    time to the first token of a new message after 8k and 32k cached tokens, and of the same prompt cold
+first    time to the first token of a new message after 8k and 32k cached tokens, and of the same prompt cold; without
+         CUDA graphs, and with graphs once they are captured
+join     the same of a message that joins conversations that decode, and the longest pause of these
 decode   tokens per second of 64 conversations on one 8k system prompt: hybrid and plain packing, no CUDA graphs, graphs
          of each layer's attention, one graph of a whole step; steps launched when the one before is read, and ahead
 static   the same by transformers' `generate` with a static cache, eager; `compiled` lets it compile its decoding
@@ -22,7 +24,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 
 from benchmarks.chat_models import llama
+from benchmarks.gpu_chat_first import first, join
 from benchmarks.gpu_chat_host import host_rows
 from benchmarks.gpu_chat_trace import prompts_of
 from benchmarks.gpu_chat_ways import Ways
@@ -120,26 +122,6 @@ class Work:
         while not all(request.tokens for request in requests):
             engine.step()
         return engine, requests
-
-
-def first(work: Work) -> Iterator[Row]:
-    """Time to the first token, cold and cached."""
-    for num_cached in work.sizes.cached:
-        with work.engine(2 * (num_cached + 1024) // PAGE_SIZE + 64) as engine:
-            engine.generate([work.tokens(num_cached)], max_new_tokens=1)  # kernels are loaded
-            cold: list[float] = []
-            warm: list[float] = []
-            for _ in range(3):
-                engine.cache.clear()
-                system = work.tokens(num_cached)
-                for times in (cold, warm):
-                    (request,) = engine.generate([system + work.tokens(work.sizes.message)], max_new_tokens=1)
-                    times.append(request.time_to_first_token or 0.0)
-                    if times is cold:
-                        engine.generate([system], max_new_tokens=1)
-            engine.cache.check()
-        ms = [statistics.median(times) * 1e3 for times in (cold, warm)]
-        yield {"cached": num_cached, "message": work.sizes.message, "cold_ms": ms[0], "cached_ms": ms[1]}
 
 
 def decode(work: Work) -> Iterator[Row]:
@@ -251,6 +233,7 @@ PARTS: dict[str, Callable[[Work], Iterator[Row]]] = {
     "agree": agree,
     "decode": decode,
     "first": first,
+    "join": join,
     "replay": replay,
     "static": static,
     "compiled": compiled,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Int64Array = npt.NDArray[np.int64]
 
-__all__ = ["Tail", "append_indptr_of", "refuse_twice", "tail_of"]
+__all__ = ["Tail", "append_indptr_of", "refuse_same_slot", "refuse_twice", "tail_of"]
 
 
 @define(slots=True, frozen=True, eq=False)
@@ -82,6 +82,21 @@ def refuse_twice(written_pages: PageArray) -> None:
         return
     pages, times = np.unique(written_pages, return_counts=True)
     raise PageError(f"page {pages[times.argmax()]} would be written for {times.max()} sequences of the batch")
+
+
+def refuse_same_slot(places: PageArray, page_size: int) -> None:
+    """Refuses a slot that would be written twice; raises PageError.
+
+    Args:
+        places: page and slot of each row, int32 [2, rows].
+        page_size: token slots in a page.
+    """
+    slots = places[0].astype(np.int64) * page_size + places[1]
+    if len(set(slots.tolist())) == len(slots):
+        return
+    different, times = np.unique(slots, return_counts=True)
+    page, slot = divmod(int(different[times.argmax()]), page_size)
+    raise PageError(f"slot {slot} of page {page} would be written for {times.max()} sequences of the batch")
 
 
 def append_indptr_of(append_indptr: torch.Tensor, num_sequences: int) -> Int64Array:

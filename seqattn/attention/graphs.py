@@ -14,6 +14,9 @@
         data = descriptor.pack_hybrid_for_flashinfer(ids, cost_model=attention.cost_model)
         logits = graphs.replay(data, tokens, positions)       # or plain data
 
+Several new tokens of one sequence are as many sequences, each of the tokens up to its own: all keys and values of a
+layer are written before its attention. So a short prompt after a long prefix is a decode step, too.
+
 A batch is padded to the next batch size. What else a graph fixes, the kernels of hybrid levels and their sizes,
 `seqattn.attention.fixed` says; a step for which there is no graph yet is computed without one.
 """
@@ -28,10 +31,10 @@ import torch
 
 from seqattn.append import sent
 from seqattn.attention.fixed import Sizes, form_of, nothing, page_by_page
-from seqattn.attention.step import DecodeStep, launcher_for
+from seqattn.attention.step import DecodeStep, check_input, first_rows, launcher_for
 from seqattn.counts import positive
-from seqattn.errors import BadValueError, LengthError, TensorError
-from seqattn.tail import refuse_twice
+from seqattn.errors import BadValueError, LengthError
+from seqattn.tail import refuse_same_slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -110,13 +113,18 @@ class DecodeGraphs(Generic[Out]):
         self._on: tuple[Any, torch.cuda.Stream] | None = None  # memory that graphs share, and the stream that records
         self.num_captures = self.num_replays = self.num_eager = 0
 
+    @property
+    def captures(self) -> bool:
+        """Whether it captures at all: its attention's backend is "flashinfer"."""
+        return self._backend is not None
+
     def capture(self, *inputs: torch.Tensor) -> None:
         """Captures the graph of plain batches for every batch size, largest first: at the start, not in a first step.
 
         Args:
             inputs: like those of `replay`, with any number of rows; their values are not used. The model sees zeros.
         """
-        if self._backend is None:
+        if not self.captures:
             return
         work, places = nothing(), np.zeros((2, 0), dtype=np.int32)
         for num_rows in reversed(self.batch_sizes):
@@ -138,22 +146,34 @@ class DecodeGraphs(Generic[Out]):
         Raises:
             TensorError: `data` is of another type, or an input has not one row for each sequence or another device.
             LengthError: a sequence has other than one query row, or broken packed data.
-            PageError: a page that is free or not the manager's, or that two sequences would write.
+            PageError: a page that is free or not the manager's, or a slot that two sequences would write.
             SharedPageError: the page of a new token has more than one reference.
 
         Nothing is written if any of these is raised. Cost on the CPU: that of `PagedAttention.plan`; waits for the
         copies of the step before, not for its kernels.
         """
         plan, places = self._checked(data, inputs)
+        found = self._replayed(plan, places, inputs)
+        if found is not None:
+            return found
+        self.num_eager += 1
+        step_without = self._without_graph(data, places)
+        with torch.no_grad():
+            return self.model(step_without, *inputs)
+
+    def replay_if_captured(
+        self, data: FlashInferPackedData | FlashInferHybridData, *inputs: torch.Tensor
+    ) -> Out | None:
+        """`replay` if that takes a graph, captured now if its form was seen often enough; else None, nothing done."""
+        return self._replayed(*self._checked(data, inputs), inputs)
+
+    def _replayed(self, plan: BatchPlan, places: Int32Array, inputs: Sequence[torch.Tensor]) -> Out | None:
         found = self._fitting(plan, places, inputs)
         if found is None:
-            self.num_eager += 1
-            step_without = self._without_graph(data, places)
-            with torch.no_grad():
-                return self.model(step_without, *inputs)
+            return None
         self.num_replays += 1
         step, work = found
-        outputs: Out = _first_rows(step.replay(work, places, inputs), plan.num_rows)
+        outputs: Out = first_rows(step.replay(work, places, inputs), plan.num_rows)
         return outputs
 
     def _checked(
@@ -164,10 +184,10 @@ class DecodeGraphs(Generic[Out]):
         if plan.num_rows and not plan.levels[-1].decodes:
             raise LengthError("a decode step has one query row for each sequence: pack it with query_lens=None")
         for tensor in inputs:
-            _check_input(tensor, plan.num_rows, self.attention.manager.device)
+            check_input(tensor, plan.num_rows, self.attention.manager.device)
         places = _new_places(plan)
         self.attention.manager.check_writable(places[0])
-        refuse_twice(places[0])
+        refuse_same_slot(places, self.attention.manager.page_size)
         return plan, places
 
     def _fitting(
@@ -265,21 +285,3 @@ def _new_places(plan: BatchPlan) -> Int32Array:
     places[0, rows] = level.kv_page_indices[level.kv_page_indptr[1:] - 1]
     places[1, rows] = level.kv_last_page_len - 1
     return places
-
-
-def _check_input(given: object, num_rows: int, device: torch.device) -> None:
-    """Refuses what has not a row for each sequence, and what is elsewhere: some steps would copy it, others fail."""
-    if not isinstance(given, torch.Tensor) or given.ndim == 0 or len(given) != num_rows:
-        seen = f"shape {list(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)
-        raise TensorError(f"each input must be a tensor of {num_rows} rows, one a sequence, not {seen}")
-    if given.device != device:
-        raise TensorError(f"an input is on {given.device} but the cache on {device}: move it there first")
-
-
-def _first_rows(outputs: Any, num_rows: int) -> Any:  # noqa: ANN401  the model's
-    """The rows of the sequences that there are."""
-    if isinstance(outputs, torch.Tensor):
-        return outputs[:num_rows]
-    if isinstance(outputs, (tuple, list)):
-        return type(outputs)(_first_rows(output, num_rows) for output in outputs)
-    raise TensorError(f"the model must return a tensor or a tuple of tensors, not {type(outputs).__name__}")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from seqattn.append import check_rows, write_places
-from seqattn.errors import LengthError
+from seqattn.errors import LengthError, TensorError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
-
     from seqattn.cache import PagedKVCacheManager
     from seqattn.kernels import Launcher
 
-__all__ = ["DecodeStep", "launcher_for"]
+__all__ = ["DecodeStep", "check_input", "first_rows", "launcher_for"]
 
 
 class DecodeStep:
@@ -82,3 +82,21 @@ def launcher_for(manager: PagedKVCacheManager) -> Launcher | None:
     from seqattn.kernels import Launcher
 
     return Launcher()
+
+
+def check_input(given: object, num_rows: int, device: torch.device) -> None:
+    """Refuses what has not a row for each sequence, and what is elsewhere: some steps would copy it, others fail."""
+    if not isinstance(given, torch.Tensor) or given.ndim == 0 or len(given) != num_rows:
+        seen = f"shape {list(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)
+        raise TensorError(f"each input must be a tensor of {num_rows} rows, one a sequence, not {seen}")
+    if given.device != device:
+        raise TensorError(f"an input is on {given.device} but the cache on {device}: move it there first")
+
+
+def first_rows(outputs: Any, num_rows: int) -> Any:  # noqa: ANN401  the model's
+    """The rows of the sequences that there are."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs[:num_rows]
+    if isinstance(outputs, (tuple, list)):
+        return type(outputs)(first_rows(output, num_rows) for output in outputs)
+    raise TensorError(f"the model must return a tensor or a tuple of tensors, not {type(outputs).__name__}")

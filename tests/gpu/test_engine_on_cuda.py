@@ -205,6 +205,35 @@ def test_steps_that_are_launched_ahead_choose_the_same_tokens(
     assert all(same), same
 
 
+def test_short_prompts_are_rows_of_a_graph(models: tuple[Any, Any]) -> None:
+    """Messages that join others, round by round; the logits of each one's last token against the model alone."""
+    served, alone = models
+    system, num_in_graphs = prompt(1, 700), 0
+    with engine_of(served, 400, graph_sizes=(16, 64, 128), run_ahead=False) as engine:
+        engine.generate([system], max_new_tokens=1)
+        assert engine.runner.decoder is not None
+        whole = engine.runner.decoder.whole
+        assert whole is not None
+        forward, seen = engine.runner.forward, []
+        engine.runner.forward = lambda step: seen.append(forward(step).float()) or seen[-1]  # type: ignore[func-returns-value,method-assign]
+        for number in range(7):
+            ids = [system + prompt(100 + 2 * number + i, 12 + 17 * i) for i in range(2)]
+            requests = [engine.submit(each, max_new_tokens=40, stop_tokens=()) for each in ids]
+            before = whole.num_replays
+            assert engine.step()[-2:] == requests
+            num_in_graphs += whole.num_replays - before
+            for row, each in zip(seen[-1][-2:], ids, strict=True):
+                with torch.no_grad():
+                    want = alone(torch.tensor([each], device="cuda:0")).logits[0, -1].float()
+                assert float((row - want).norm() / want.norm()) < 2e-2
+            engine.step()
+            engine.step()
+        engine.cache.check()
+        for request in list(engine.scheduler.running):
+            engine.wait([request])
+    assert num_in_graphs >= 3
+
+
 def test_a_seed_means_the_same_twice(models: tuple[Any, Any]) -> None:
     served, _ = models
     answers = []

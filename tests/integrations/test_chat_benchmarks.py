@@ -54,7 +54,7 @@ def trace(tmp_path: Path) -> Path:
 def test_the_parts_for_the_gpu_run_and_lose_no_page(
     tmp_path: Path, trace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = ["host", "agree", "decode", "first", "replay", "static"]
+    parts = ["host", "agree", "decode", "first", "join", "replay", "static"]
     options = ["--tiny", "--out", str(tmp_path), "--trace", str(trace), "--only", *parts]
     rows = rows_of(gpu_chat.main, monkeypatch, tmp_path / "chat.jsonl", *options)
     assert not [row for row in rows if "error" in row]
@@ -69,7 +69,9 @@ def test_the_parts_for_the_gpu_run_and_lose_no_page(
     assert replay["cached_tokens"] == 20 * 32, "two pages of each prefix, for two of its three requests"
     decoded = [(row["packing"], row["graphs"], row["ahead"]) for row in by_part["decode"]]
     assert decoded == [(*variant, ahead) for variant in gpu_chat.VARIANTS for ahead in (False, True)]
-    assert [row["cached"] for row in by_part["first"]] == list(gpu_chat.TINY.cached)
+    firsts = [(row["cached"], row["graphs"]) for row in by_part["first"]]
+    assert firsts == [(cached, graphs) for cached in gpu_chat.TINY.cached for graphs in ("none", "auto")]
+    assert [row["graphs"] for row in by_part["join"]] == ["none", "auto"]
 
 
 def test_a_part_that_fails_leaves_a_row_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from radix.integrations.transformers.attention import Step
 from radix.integrations.transformers.decoding import GraphStep
 from radix.integrations.transformers.scheduler import Growth
 from seqattn import FlashInferHybridData
+from seqattn.attention.graphs import DecodeGraphs
 from seqattn.hybrid import check_hybrid
 from tests.integrations.models import check_all_free, engine_for, generated, prompt
 
@@ -67,13 +68,20 @@ def check_packing(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(packer, "pack", checked)
 
 
-@pytest.mark.parametrize("run_ahead", [False, True], ids=["", "run ahead"])
+@pytest.mark.parametrize(
+    ("run_ahead", "as_rows"), [(False, False), (True, False), (True, True)], ids=["", "ahead", "ahead, prompts as rows"]
+)
 @pytest.mark.parametrize("seed", range(6))
 def test_every_answer_of_a_random_life_is_right_and_no_page_is_lost(
-    seed: int, run_ahead: bool, monkeypatch: pytest.MonkeyPatch
+    seed: int, run_ahead: bool, as_rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random = np.random.default_rng(seed)
+    graph_sizes: tuple[int, ...]
     budget, graph_sizes = int(random.integers(5, 24)), (4,) if seed % 2 else ()
+    if as_rows:
+        graph_sizes = (2, 16)
+        monkeypatch.setattr(DecodeGraphs, "captures", True)
+        monkeypatch.setattr(DecodeGraphs, "replay_if_captured", DecodeGraphs.replay)
     options: dict[str, Any] = {"max_tokens_per_step": budget, "graph_sizes": graph_sizes, "run_ahead": run_ahead}
     engine = engine_for(num_pages=14, page_size=4, max_requests=5, **options)
     check_packing(engine, monkeypatch)

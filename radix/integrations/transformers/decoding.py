@@ -1,4 +1,4 @@
-"""Steps in which everything decodes, with CUDA graphs: of the whole model, or of each layer's attention.
+"""Decode steps with CUDA graphs: of the whole model, or of each layer's attention.
 
     graph_sizes       whole step one graph                      attention of each layer a graph
     "auto"            while the model can be captured           from when it cannot, for good
@@ -8,6 +8,14 @@
 
 The attention's graphs need nothing of the model: its own code runs as it is, and finds two launches in each layer where
 there were up to eight. They are for models that look at values on the way, as some mixtures of experts do.
+
+A graph of a whole step takes short prompts along: each new token is a row, as if it were a sequence that ends with it.
+
+    a decodes, b decodes, c has 3 tokens of its prompt after 40 cached     page_size 16
+    rows    a9   b4   c40  c41  c42
+    pages   those of a and of b; for each row of c its 3 pages, of which the first two are a level's
+
+So a new message is answered, and others go on meanwhile, without the launches of a step of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +34,7 @@ from seqattn.errors import BadValueError, CaptureError
 
 if TYPE_CHECKING:
     from radix.integrations.transformers.model import Model
+    from radix.integrations.transformers.scheduler import Batch
     from seqattn.attention.front import PagedAttention
     from seqattn.packed import FlashInferHybridData, FlashInferPackedData
 
@@ -45,17 +54,21 @@ _PATIENCE = 5
 
 @define(slots=True, frozen=True, eq=False)
 class GraphStep:
-    """A forward in which everything decodes, as graphs take it; they plan it themselves.
+    """A forward of rows that are decoded, as graphs take it; they plan it themselves.
 
     Attributes:
         data: the batch, packed.
-        tokens: int64 [requests].
-        positions: int64 [requests].
+        tokens: int64 [rows].
+        positions: int64 [rows].
+        prompts: the batch, if it computes prompts too: every new token of theirs is a row.
+        last_rows: of a batch with prompts the rows whose logits are asked for, int64 on the device; None for all.
     """
 
     data: FlashInferPackedData | FlashInferHybridData
     tokens: torch.Tensor
     positions: torch.Tensor
+    prompts: Batch | None = None
+    last_rows: torch.Tensor | None = None
 
 
 class _LayerCall:
@@ -107,12 +120,36 @@ class Decoder:
             try:
                 return self.whole.replay(step.data, step.tokens, step.positions)
             except CaptureError as error:
-                if self.layers is None:
-                    raise
-                reason = "%s decodes without a graph of its whole step from now on: %s"
-                _log.warning(reason, error.model, error.reason)
-                self.whole = None
+                self._give_up(error)
         return self._by_layer(step)
+
+    @property
+    def most_rows(self) -> int:
+        """Of a step with prompts that may be computed by a graph; 0 if none may."""
+        return 0 if self.whole is None or not self.whole.captures else self.whole.batch_sizes[-1]
+
+    def forward_prompts(self, step: GraphStep) -> torch.Tensor | None:
+        """Logits of the last rows of a step with prompts; None if there is no graph for it, or not yet.
+
+        Raises:
+            CaptureError: as `forward`.
+        """
+        if self.whole is None:
+            return None
+        try:
+            logits = self.whole.replay_if_captured(step.data, step.tokens, step.positions)
+        except CaptureError as error:
+            self._give_up(error)
+            return None
+        return logits if logits is None or step.last_rows is None else logits[step.last_rows]
+
+    def _give_up(self, error: CaptureError) -> None:
+        """Goes on without graphs of whole steps, or raises the error."""
+        if self.layers is None:
+            raise error
+        reason = "%s decodes without a graph of its whole step from now on: %s"
+        _log.warning(reason, error.model, error.reason)
+        self.whole = None
 
     def _by_layer(self, step: GraphStep) -> torch.Tensor:
         assert self.layers is not None
@@ -162,6 +199,7 @@ def decoder_for(
     layers = LayerGraphs(attention, sizes, max_tokens=max_tokens)
     if graph_sizes != "auto":
         return Decoder(model, None, layers)
-    whole = graphs_for(model, attention, sizes, max_tokens=max_tokens, capture_after=_CAPTURE_AFTER)
+    rows = sorted({*sizes, *auto_sizes(_MOST_ROWS)})  # of prompts, too
+    whole = graphs_for(model, attention, rows, max_tokens=max_tokens, capture_after=_CAPTURE_AFTER)
     whole.patience = _PATIENCE
     return Decoder(model, whole, layers)

@@ -19,17 +19,20 @@ import numpy as np
 import torch
 from attrs import define
 
+from seqattn.cost import runs_that_pay
+from seqattn.forest import build_forest
+from seqattn.hybrid import pack_runs
 from seqattn.packed import FlashInferHybridData, HybridLevel
 from seqattn.page_lists import concatenate
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Sequence
 
     from radix.cache import PrefixCache
     from radix.integrations.transformers.scheduler import Growth
     from seqattn.hybrid import CostModel
 
-__all__ = ["HybridPacker"]
+__all__ = ["HybridPacker", "pack_rows"]
 
 #: steps after which the cost model is asked again: what pays depends on lengths, slowly
 _MOST_STEPS = 64
@@ -104,3 +107,33 @@ class HybridPacker:
         *shared, old = last.data.levels
         level = HybridLevel.trusted(old.qo_indptr, *parts)
         return FlashInferHybridData.trusted((*shared, level), last.data.order)
+
+
+def pack_rows(
+    cache: PrefixCache, ids: Sequence[Hashable], num_done: list[int], num_new: list[int], cost_model: CostModel | None
+) -> FlashInferHybridData:
+    """New tokens as sequences of one query row, each of the tokens up to its own; requests share what they share.
+
+    Args:
+        cache: whose sequences they are.
+        ids: of the requests.
+        num_done: tokens of each before the new ones.
+        num_new: new tokens of each, at least 1, for which it has pages.
+        cost_model: which shared runs become levels; None for all.
+
+    Cost: that of packing as many sequences.
+    """
+    page_size = cache.tree.page_size
+    lens = np.concatenate([np.arange(done + 1, done + new + 1) for done, new in zip(num_done, num_new, strict=True)])
+    whose = np.repeat(np.arange(len(ids)), num_new).tolist()
+    num_pages = (-(-lens // page_size)).tolist()
+    # The pages that new tokens are written to are no level's: rows of one prompt see different parts of them.
+    limits = np.repeat(np.array(num_done) // page_size, num_new).tolist()
+    with cache.lock:
+        tables, _ = cache.descriptor.tables(ids)
+        row_tables = [tables[i][:count] for i, count in zip(whose, num_pages, strict=True)]
+        order, runs = forest = build_forest(row_tables, limits)
+        kept = None
+        if cost_model is not None and runs:
+            kept = runs_that_pay(runs, np.arange(len(lens) + 1), lens[order], page_size, cost_model)
+        return pack_runs(row_tables, lens, np.ones_like(lens), forest, kept, page_size=page_size)

@@ -20,7 +20,7 @@ from radix.cache import PrefixCache
 from radix.integrations.transformers.attention import NAME, Step
 from radix.integrations.transformers.decoding import GraphSizes, GraphStep, decoder_for
 from radix.integrations.transformers.model import describe
-from radix.integrations.transformers.packing import HybridPacker
+from radix.integrations.transformers.packing import HybridPacker, pack_rows
 from seqattn.append import sent
 from seqattn.attention.front import PagedAttention
 from seqattn.errors import BadValueError, ModelError
@@ -107,6 +107,29 @@ class Runner:
         """
         if batch.decodes:
             return self._prepare_decoding(batch, tokens)
+        if self.decoder is not None and self.packing == "hybrid" and sum(batch.num_new) <= self.decoder.most_rows:
+            return self._prepare_as_rows(batch)
+        return self._prepare_prompts(batch)
+
+    def _prepare_prompts(self, batch: Batch) -> Step:
+        """A step with chunks of prompts."""
+        tokens, positions, rows, num_tokens = self._rows(batch)
+        ids = [request.id for request in batch.requests]
+        packed = self.cache.pack_for_flashinfer(ids, num_tokens=num_tokens)
+        data = packed if self._is_plain(ids) else self._pack(ids, batch, num_tokens)
+        self.attention.plan(data, query_lens=batch.num_new)
+        indptr = torch.from_numpy(np.concatenate(([0], np.cumsum(batch.num_new))).astype(np.int32))
+        return Step(self.attention, packed, indptr, tokens[None], positions[None], rows)
+
+    def _prepare_as_rows(self, batch: Batch) -> GraphStep:
+        """The same as rows that are decoded."""
+        tokens, positions, rows, _ = self._rows(batch)
+        ids, num_done = [r.id for r in batch.requests], [r.num_done for r in batch.requests]
+        data = pack_rows(self.cache, ids, num_done, batch.num_new, self.packer.cost_model)
+        return GraphStep(data, tokens, positions, batch, rows)
+
+    def _rows(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[int] | None]:
+        """Tokens, positions, last rows (None for all) of a batch on the device, and its lengths where some are cut."""
         requests = batch.requests
         num_new = np.array(batch.num_new, dtype=np.int64)
         num_done = np.array([request.num_done for request in requests], dtype=np.int64)
@@ -120,12 +143,7 @@ class Runner:
         host[2 * num_rows :] = last
         there = sent(host, self.shape.device)
         rows = there[2 * num_rows :] if len(last) < num_rows else None
-        ids, num_tokens = [request.id for request in requests], lens.tolist() if any(in_part) else None
-        packed = self.cache.pack_for_flashinfer(ids, num_tokens=num_tokens)
-        data = packed if self._is_plain(ids) else self._pack(ids, batch, num_tokens)
-        self.attention.plan(data, query_lens=batch.num_new)
-        indptr = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
-        return Step(self.attention, packed, indptr, there[None, :num_rows], there[None, num_rows : 2 * num_rows], rows)
+        return there[:num_rows], there[num_rows : 2 * num_rows], rows, lens.tolist() if any(in_part) else None
 
     def _prepare_decoding(self, batch: Batch, tokens: torch.Tensor | None) -> Step | GraphStep:
         """A step in which every request has one new token, its newest."""
@@ -171,7 +189,12 @@ class Runner:
             self.model.set_attn_implementation(NAME)
         if isinstance(step, GraphStep):
             assert self.decoder is not None
-            return self.decoder.forward(step)
+            if step.prompts is None:
+                return self.decoder.forward(step)
+            found = self.decoder.forward_prompts(step)
+            if found is not None:
+                return found
+            step = self._prepare_prompts(step.prompts)
         options: dict[str, Any] = {}
         if step.last_rows is not None and self.shape.keeps_logits:
             options["logits_to_keep"] = step.last_rows
