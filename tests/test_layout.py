@@ -33,6 +33,7 @@ ORDER = [
     "seqattn/row_kernel.py",
     "seqattn/cache.py",
     "seqattn/heads.py",
+    "seqattn/neighbours.py",
     "seqattn/forest.py",
     "seqattn/load.py",
     "seqattn/steps.py",
