@@ -36,6 +36,7 @@ ORDER = [
     "seqattn/neighbours.py",
     "seqattn/forest.py",
     "seqattn/load.py",
+    "seqattn/one_load.py",
     "seqattn/steps.py",
     "seqattn/device.py",
     "seqattn/constants.py",
