@@ -83,12 +83,14 @@ class AlikeSteps:
         self.tokens = [page_size * pages for pages in runs.pages]
         self.slices = slices_for(heads, device.slices).tolist()
         self._levels: dict[tuple[int, int], list[Body]] = {}
+        self._lasts: dict[int, Body] = {}
+        self._paces: dict[float, float] = {}
 
     def best(self, choices: Sequence[Sequence[int]]) -> int:
         """Which of these sets of depths to keep, none the first, of at most two depths each.
 
-        Cost: some two microseconds for each way to compute a call, half of one for each two of them, and five for each
-        two that could be the fastest.
+        Cost: some two microseconds for each way to compute a call, less than one for each two of them, and three for
+        each two that could be the fastest: mostly these are the first.
         """
         device = self.device
         enough = device.enough_us(self.least_us(()))
@@ -129,24 +131,27 @@ class AlikeSteps:
             yield longest + a[5] + device.gather_us * a[6] + always, a, None, last
 
     def _pairs(self, top: list[Body], lower: list[Body], last: Body) -> Iterator[Way]:
-        device = self.device
+        device, halves = self.device, 2 * self.device.num_processors
         always = device.start_us + 2 * device.level_us + last[5]
         waits, posts = last[3] * last[2], last[1] + device.last_us
         for b in lower:
-            alone, before = b[0] + b[1], device.fa2_waits * (waits + b[3] * b[2])
+            b_us, b_post, b_filled, b_wave, b_held, b_merge, b_is_fa3 = b[:7]
+            before = device.fa2_waits * (waits + b_wave * b_filled)
             for a in top:
-                held = min(a[4] + b[4], 2 * device.num_processors)
-                behind = self._least_beside(last, held, (a[0] * a[4] + b[0] * b[4]) / held)
-                longest = max(a[0] + a[1] + (1 - a[6]) * before, alone, behind + posts + a[1] + b[1])
-                yield longest + a[5] + b[5] + device.gather_us * max(a[6], b[6]) + always, a, b, last
+                us, post, _, _, held, merge, is_fa3 = a[:7]
+                together = min(held + b_held, halves)
+                behind = self._least_beside(last, together, (us * held + b_us * b_held) / together)
+                longest = max(us + post + (1 - is_fa3) * before, b_us + b_post, behind + posts + post + b_post)
+                yield longest + merge + b_merge + device.gather_us * max(is_fa3, b_is_fa3) + always, a, b, last
 
     def _least_beside(self, call: Body, held: float, until: float) -> float:
         """A call takes no less beside others that hold so many halves of multiprocessors until then.
 
         What is left to it reads at least at the pace at which so many blocks would if only reading took time.
         """
-        halves = 2 * self.device.num_processors
-        pace: float = (max(halves - held, 1) / halves) ** (1 - self.device.spread)
+        if (pace := self._paces.get(held)) is None:
+            halves = 2 * self.device.num_processors
+            self._paces[held] = pace = (max(halves - held, 1) / halves) ** (1 - self.device.spread)
         return until * (1 - pace) + call[0] if until * pace < call[0] else call[0] / pace
 
     def _level(self, begin: int, depth: int) -> list[Body]:
@@ -169,12 +174,16 @@ class AlikeSteps:
     def _last(self, kept: Sequence[int]) -> Body:
         """The call for what is left to each sequence."""
         begin = kept[-1] + 1 if kept else 0
+        if (known := self._lasts.get(begin)) is not None:
+            return known
         count, longest, total, tokens = self.lists
         shared = sum(self.tokens[:begin])
         again = sum(self.tokens[d] * self.counts[d] * (self.sizes[d] - 1) for d in range(begin, len(self.tokens)))
         each = None if tokens is None or count * longest == total else tokens - shared
         own = Lists(count, longest - shared, total - count * shared, each)
-        return self._body(one_fa2_load(self.heads, self.device.num_processors, self.rows_each, own, own.total - again))
+        load = one_fa2_load(self.heads, self.device.num_processors, self.rows_each, own, own.total - again)
+        self._lasts[begin] = body = self._body(load)
+        return body
 
     def _body(self, call: tuple[int, tuple[float, ...]]) -> Body:
         kernel, load = call
