@@ -17,6 +17,7 @@ are neighbours, and a batch that is grouped already keeps its order.
 
 from __future__ import annotations
 
+from itertools import accumulate, chain, groupby, pairwise, starmap
 from operator import ne
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
 
     from seqattn.pages import PageArray
 
+    _Branch = tuple[list[int], Sequence[PageArray], Sequence[int], int, int | None]
+
 __all__ = ["Run", "build_forest", "without"]
+
+#: so many branches are found at once; fewer if they have branches themselves, else walking them is faster
+_MANY = 8
 
 
 class Run(NamedTuple):
@@ -58,29 +64,33 @@ def build_forest(tables: Sequence[PageArray], limits: Sequence[int]) -> tuple[li
     """
     order: list[int] = []
     runs: list[Run] = []
-    # Branches still to walk, the next one last: members that agree on their first `depth` pages.
-    todo: list[tuple[list[int], int, int | None]] = [(list(range(len(tables))), 0, None)]
+    # Branches still to walk, the next one last: members that agree on their first `depth` pages, and what is theirs.
+    todo: list[_Branch] = [(list(range(len(tables))), tables, limits, 0, None)]
     while todo:
-        members, depth, parent = todo.pop()
+        members, its, most, depth, parent = todo.pop()
         if len(members) < 2:
             order += members
             continue
-        its, most = tables, limits
-        if len(members) < len(tables):
-            its, most = [tables[i] for i in members], [limits[i] for i in members]
         least = min(most)
         if (end := _common_end(its, depth, least)) > depth:
             runs.append(Run(len(order), len(order) + len(members), depth, end, parent))
             depth, parent = end, len(runs) - 1
         pages = _next_pages(its, most, depth, least)
         branches = len(set(pages))
-        is_grouped = branches < len(members) and sum(map(ne, pages, pages[1:])) == branches - 1
-        if is_grouped and (below := grouped_runs(its, most, depth, least)) is not None:
-            _add(below, runs, len(order), depth, parent)
-        elif branches < len(members):
-            todo += [(branch, depth, parent) for branch in _by_page(members, pages)]
+        if branches == len(members):
+            order += members
             continue
-        order += members
+        if sum(map(ne, pages, pages[1:])) >= branches:  # pages that are not side by side
+            members, sizes = _by_page(members, pages)
+            its, most = [tables[i] for i in members], [limits[i] for i in members]
+        elif (below := _all_below(its, most, depth, least, pages, branches)) is None:
+            sizes = [len(list(same)) for _, same in groupby(pages)]
+        else:
+            _add(below, runs, len(order), depth, parent)
+            order += members
+            continue
+        parts = list(starmap(slice, pairwise(accumulate(sizes, initial=0))))
+        todo += [(members[part], its[part], most[part], depth, parent) for part in reversed(parts)]
     return order, runs
 
 
@@ -96,6 +106,16 @@ def _common_end(tables: Sequence[PageArray], begin: int, end: int) -> int:
     return end
 
 
+def _all_below(
+    tables: Sequence[PageArray], limits: Sequence[int], depth: int, least: int, pages: list[int], branches: int
+) -> list[tuple[int, int, int]] | None:
+    """What `grouped_runs` finds, where there are many branches, or the first one has branches itself."""
+    lead, first = tables[0], pages.count(pages[0])
+    if branches >= _MANY or _agreed(lead, tables[first - 1], depth, least) < _agreed(lead, tables[1], depth, least):
+        return grouped_runs(tables, limits, depth, least)
+    return None
+
+
 def _agreed(table: PageArray, other: PageArray, begin: int, end: int) -> int:
     """How far two tables agree between these pages."""
     common = (table[begin:end] != other[begin:end]).tobytes().find(1)
@@ -109,12 +129,12 @@ def _next_pages(tables: Sequence[PageArray], limits: Sequence[int], end: int, le
     return [table.item(end) if limit > end else ~i for i, (table, limit) in enumerate(zip(tables, limits, strict=True))]
 
 
-def _by_page(members: list[int], pages: list[int]) -> list[list[int]]:
-    """The members that go on with the same page, the branch of the first member last."""
+def _by_page(members: list[int], pages: list[int]) -> tuple[list[int], list[int]]:
+    """The members, those that go on with the same page side by side, and how many these are each."""
     branches: dict[int, list[int]] = {}
     for i, page in zip(members, pages, strict=True):
         branches.setdefault(page, []).append(i)
-    return list(reversed(branches.values()))
+    return list(chain.from_iterable(branches.values())), list(map(len, branches.values()))
 
 
 def _add(below: list[tuple[int, int, int]], runs: list[Run], first: int, depth: int, parent: int | None) -> None:

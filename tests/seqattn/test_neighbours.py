@@ -41,6 +41,7 @@ def forest(tables: Sequence[Table], limits: Sequence[int], fewest: int) -> tuple
     """The forest, where from so many sequences on all neighbours are compared at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "_FEWEST", fewest)
+        patch.setattr("seqattn.forest._MANY", 0)
         return build_forest(tables, limits)
 
 
@@ -99,6 +100,24 @@ def test_every_batch_that_is_grouped_and_long_is_seen_at_once(batch: Batch) -> N
     if len(tables) > 1 and not (runs and runs[0].stop == len(tables)):
         assert all_at_once(batch.tables, batch.limits) == [(run.first, run.end, run.stop) for run in runs]
     assert forest(batch.tables, batch.limits, 2) == (order, runs)
+
+
+@pytest.mark.parametrize(("documents", "at_once"), [(1, False), (3, True)])
+def test_few_branches_are_found_at_once_where_they_have_branches(
+    documents: int, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = long_tables([[p, 10 * p + d, 10 * p + d + 5] for p in (1, 2) for d in range(documents) for _ in range(6)])
+    found: list[Runs | None] = []
+
+    def noted(tables: Sequence[Table], limits: Sequence[int], depth: int, least: int) -> Runs | None:
+        found.append(grouped_runs(tables, limits, depth, least))
+        return found[-1]
+
+    monkeypatch.setattr("seqattn.forest.grouped_runs", noted)
+    order, runs = build_forest(tables, [4] * len(tables))
+    assert order == list(range(len(tables)))
+    assert len(runs) == 2 * (1 + documents * at_once)
+    assert found == ([[(run.first, run.end, run.stop) for run in runs]] if at_once else [])
 
 
 @given(batches(max_sequences=24), st.booleans())
