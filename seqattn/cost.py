@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from attrs import define, field
 
-from seqattn.alike import AlikeSteps
+from seqattn.alike import AlikeRuns, AlikeSteps
 from seqattn.device import Device, Heads, not_negative, positive_rate
 from seqattn.forest import Run
 from seqattn.groups import RunArrays, cut_of
@@ -155,24 +155,23 @@ def runs_that_pay(
         page_size: tokens in a page.
         model: what things cost.
 
-    Cost: some two hundred numpy calls, and O(runs * depth * levels) numbers; with a device that has seen the batch
-    before, a lookup.
+    Cost: some two hundred numpy calls, and O(runs * depth * levels) numbers; with a device less than half of that for
+    runs that are alike (`seqattn.alike`), and a lookup for a batch that it has seen before.
     """
     if not runs:
         return []
-    arrays = RunArrays(runs, rows_before)
     if model.device is None:
-        costs = RunCosts(arrays, rows_before, page_size, model)
+        costs = RunCosts(RunArrays(runs, rows_before), rows_before, page_size, model)
         num_levels = _num_levels(costs, model)
         return RunChoice(costs, num_levels).best(model.level_overhead_us) if num_levels else [False] * len(runs)
     memory = model.device.chosen
     # What a step more adds to every sequence changes nothing yet. Lengths that are the same in the mean may differ: one
     # sequence that is much longer than the others counts.
     lens = int(num_tokens.sum()) // (_STEPS_ALIKE * len(num_tokens)), int(num_tokens.max()) // _STEPS_ALIKE
-    key = b"".join((arrays.listed.tobytes(), rows_before.tobytes(), repr((lens, page_size, model.heads)).encode()))
+    key = tuple(runs), rows_before.tobytes(), lens, page_size, model.heads
     kept = memory.get(key)
     if kept is None:
-        kept = _fastest(arrays, rows_before, num_tokens, page_size, model, model.device)
+        kept = _fastest(runs, rows_before, num_tokens, page_size, model, model.device)
         if len(memory) >= _MOST_CHOSEN:
             memory.clear()
         memory[key] = kept
@@ -188,20 +187,27 @@ def _num_levels(costs: RunCosts, model: CostModel) -> int:
 
 
 def _fastest(
-    runs: RunArrays, rows_before: Int64Array, num_tokens: Int64Array, page_size: int, model: CostModel, device: Device
+    runs: Sequence[Run],
+    rows_before: Int64Array,
+    num_tokens: Int64Array,
+    page_size: int,
+    model: CostModel,
+    device: Device,
 ) -> list[bool]:
     """The runs to keep by the device's own figures."""
-    rows = np.diff(rows_before)
-    if len(runs.members) <= _MOST_ALIKE and runs.all_alike() and (rows == rows[0]).all():
-        choices = _depth_sets(len(runs.members))
-        steps = AlikeSteps(device, model.heads, runs, num_tokens, int(rows[0]), page_size=page_size)
+    rows = rows_before[1:] - rows_before[:-1]
+    alike = AlikeRuns.of(runs, len(rows), _MOST_ALIKE)
+    if alike is not None and (rows == rows[0]).all():
+        choices = _depth_sets(len(alike.counts))
+        steps = AlikeSteps(device, model.heads, alike, num_tokens, int(rows[0]), page_size=page_size)
         best = choices[steps.best(choices)]
-        return [depth in best for depth in runs.depth.tolist()]
-    costs = RunCosts(runs, rows_before, page_size, model)
+        return [depth in best for depth in alike.depths]
+    arrays = RunArrays(runs, rows_before)
+    costs = RunCosts(arrays, rows_before, page_size, model)
     if not costs.most_saved() > 0:
-        return [False] * len(runs.depth)
-    masks = _masks(costs, min(len(runs.members), _MOST_LEVELS))
-    cut, num_shared = cut_of(runs, masks, num_tokens, rows, page_size=page_size)
+        return [False] * len(runs)
+    masks = _masks(costs, min(len(arrays.members), _MOST_LEVELS))
+    cut, num_shared = cut_of(arrays, masks, num_tokens, rows, page_size=page_size)
     kept: list[bool] = masks[device.choose(cut, num_shared, model.heads)].tolist()
     return kept
 

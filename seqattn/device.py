@@ -12,7 +12,7 @@ from seqattn.load import SLICES, Cut, Groups, Heads, loads_of, slices_for
 from seqattn.steps import NOTHING, bodies_of, one_by_one, step_us
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     import numpy.typing as npt
     from attrs import Attribute
@@ -122,7 +122,7 @@ class Device:
     table: FloatArray = field(init=False, eq=False, repr=False)
     columns: list[tuple[float, ...]] = field(init=False, eq=False, repr=False)
     #: choices of runs made lately, by what they were made from
-    chosen: dict[bytes, list[bool]] = field(factory=dict, init=False, eq=False, repr=False)
+    chosen: dict[Hashable, list[bool]] = field(factory=dict, init=False, eq=False, repr=False)
 
     @table.default
     def _table(self) -> FloatArray:
@@ -209,9 +209,17 @@ class Device:
 
     def choose_by(self, times: Sequence[float], num_shared: Sequence[int]) -> int:
         """The same by these times, in microseconds."""
-        harder = [us * (1 + self.level_margin) ** max(n - 1, 0) for us, n in zip(times, num_shared, strict=True)]
+        harder = [us * self.harder(n) for us, n in zip(times, num_shared, strict=True)]
         best = min(range(len(times)), key=harder.__getitem__)
-        return best if times[best] < (1 - self.margin) * times[0] - self.margin_us else 0
+        return best if times[best] < self.enough_us(times[0]) else 0
+
+    def harder(self, num_shared: int) -> float:
+        """What the time of a choice with so many shared levels is multiplied with before it is compared with others."""
+        return (1 + self.level_margin) ** max(num_shared - 1, 0)
+
+    def enough_us(self, plain_us: float) -> float:
+        """What a choice must be faster than if plain attention takes so long."""
+        return (1 - self.margin) * plain_us - self.margin_us
 
     def _best_ways(
         self, calls: FloatArray, last: FloatArray, makes_sense: npt.NDArray[np.bool_], places: Int64Array

@@ -17,20 +17,26 @@ are neighbours, and a batch that is grouped already keeps its order.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import accumulate, chain, groupby, pairwise, starmap
+from operator import ne
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from attrs import define
+from seqattn.neighbours import grouped_runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from seqattn.pages import PageArray
 
+    _Branch = tuple[list[int], Sequence[PageArray], Sequence[int], int, int | None]
+
 __all__ = ["Run", "build_forest", "without"]
 
+#: so many branches are found at once; fewer if they have branches themselves, else walking them is faster
+_MANY = 8
 
-@define(slots=True, frozen=True)
-class Run:
+
+class Run(NamedTuple):
     """Pages that neighbouring sequences of the order have in common; drawn at the top of this file.
 
     Attributes:
@@ -50,50 +56,97 @@ def build_forest(tables: Sequence[PageArray], limits: Sequence[int]) -> tuple[li
     """The order and the runs of a batch; a run stands behind the run above it.
 
     Args:
-        tables: each sequence's page table, int32.
+        tables: each sequence's page table, int32, contiguous.
         limits: how many pages of each table may be shared, at most its length.
 
-    Cost: each shareable page is compared about once, an operation on bytes for each sequence and run above it.
+    Cost: each shareable page is compared about once, an operation on bytes for each sequence and run above it; in a
+    batch that is grouped already one or two for each sequence.
     """
     order: list[int] = []
     runs: list[Run] = []
-    # Branches still to walk, the next one last: members that agree on their first `depth` pages and on the page after.
-    todo: list[tuple[list[int], int, int | None]] = []
-    members, depth, parent = list(range(len(tables))), 0, None
-    while True:
-        # Page numbers are not negative, so ~i is the next page of a sequence that may share no more.
-        pages = [tables[i].item(depth) if limits[i] > depth else ~i for i in members]
-        different = len(set(pages))
-        if different == len(members):
+    # Branches still to walk, the next one last: members that agree on their first `depth` pages, and what is theirs.
+    todo: list[_Branch] = [(list(range(len(tables))), tables, limits, 0, None)]
+    while todo:
+        members, its, most, depth, parent = todo.pop()
+        if len(members) < 2:
             order += members
-        elif different == 1:
-            todo.append((members, depth, parent))
+            continue
+        least = min(most)
+        if (end := _common_end(its, depth, least)) > depth:
+            runs.append(Run(len(order), len(order) + len(members), depth, end, parent))
+            depth, parent = end, len(runs) - 1
+        pages = _next_pages(its, most, depth, least)
+        branches = len(set(pages))
+        if branches == len(members):
+            order += members
+            continue
+        if sum(map(ne, pages, pages[1:])) >= branches:  # pages that are not side by side
+            members, sizes = _by_page(members, pages)
+            its, most = [tables[i] for i in members], [limits[i] for i in members]
+        elif (below := _all_below(its, most, depth, least, pages, branches)) is None:
+            sizes = [len(list(same)) for _, same in groupby(pages)]
         else:
-            branches: dict[int, list[int]] = {}
-            for i, page in zip(members, pages, strict=True):
-                branches.setdefault(page, []).append(i)
-            todo.extend((branch, depth, parent) for branch in reversed(branches.values()))
-        while todo and len(todo[-1][0]) == 1:
-            order += todo.pop()[0]
-        if not todo:
-            return order, runs
-        members, depth, parent = todo.pop()
-        end = _common_end(tables, limits, members, depth)
-        runs.append(Run(len(order), len(order) + len(members), depth, end, parent))
-        depth, parent = end, len(runs) - 1
+            _add(below, runs, len(order), depth, parent)
+            order += members
+            continue
+        parts = list(starmap(slice, pairwise(accumulate(sizes, initial=0))))
+        todo += [(members[part], its[part], most[part], depth, parent) for part in reversed(parts)]
+    return order, runs
 
 
-def _common_end(tables: Sequence[PageArray], limits: Sequence[int], members: list[int], depth: int) -> int:
-    """How far the members' tables agree, given that they agree on the first `depth` pages."""
-    end = min([limits[i] for i in members])
-    lead = tables[members[0]]
-    expected = lead[depth:end].tobytes()
-    for i in members[1:]:
-        # Most members agree all the way: comparing bytes costs half of what finding a difference does.
-        if tables[i][depth:end].tobytes() != expected:
-            end = depth + int((tables[i][depth:end] != lead[depth:end]).argmax())
-            expected = lead[depth:end].tobytes()
+def _common_end(tables: Sequence[PageArray], begin: int, end: int) -> int:
+    """How far the tables agree, at most to `end`, given that they agree on their first `begin` pages."""
+    lead = tables[0]
+    # In most batches the first and the last have the least in common: the others are only seen to agree.
+    end = _agreed(lead, tables[-1], begin, end)
+    parts: list[Any] = [table[begin:end] for table in tables[1:-1]] if end > begin else []
+    if not all(map(lead[begin:end].tobytes().startswith, parts)):
+        for table in tables[1:-1]:
+            end = _agreed(lead, table, begin, end)
     return end
+
+
+def _all_below(
+    tables: Sequence[PageArray], limits: Sequence[int], depth: int, least: int, pages: list[int], branches: int
+) -> list[tuple[int, int, int]] | None:
+    """What `grouped_runs` finds, where there are many branches, or the first one has branches itself."""
+    lead, first = tables[0], pages.count(pages[0])
+    if branches >= _MANY or _agreed(lead, tables[first - 1], depth, least) < _agreed(lead, tables[1], depth, least):
+        return grouped_runs(tables, limits, depth, least)
+    return None
+
+
+def _agreed(table: PageArray, other: PageArray, begin: int, end: int) -> int:
+    """How far two tables agree between these pages."""
+    common = (table[begin:end] != other[begin:end]).tobytes().find(1)
+    return end if common < 0 else begin + common
+
+
+def _next_pages(tables: Sequence[PageArray], limits: Sequence[int], end: int, least: int) -> list[int]:
+    """Each sequence's page at `end`; page numbers are not negative, so ~i is that of one that may share no more."""
+    if least > end:
+        return [table.item(end) for table in tables]
+    return [table.item(end) if limit > end else ~i for i, (table, limit) in enumerate(zip(tables, limits, strict=True))]
+
+
+def _by_page(members: list[int], pages: list[int]) -> tuple[list[int], list[int]]:
+    """The members, those that go on with the same page side by side, and how many these are each."""
+    branches: dict[int, list[int]] = {}
+    for i, page in zip(members, pages, strict=True):
+        branches.setdefault(page, []).append(i)
+    return list(chain.from_iterable(branches.values())), list(map(len, branches.values()))
+
+
+def _add(below: list[tuple[int, int, int]], runs: list[Run], first: int, depth: int, parent: int | None) -> None:
+    """Adds what `grouped_runs` found below a run, or below none, of sequences from position `first` on."""
+    # The runs around the next one, the innermost last: where the sequences stop, the page where it ends, its index.
+    around = [(float("inf"), depth, parent)]
+    for begin, end, stop in below:
+        while around[-1][0] <= begin:
+            around.pop()
+        _, above_end, above = around[-1]
+        around.append((stop, end, len(runs)))
+        runs.append(Run(first + begin, first + stop, above_end, end, above))
 
 
 def without(runs: Sequence[Run], kept: Sequence[bool]) -> tuple[list[Run], list[int | None]]:

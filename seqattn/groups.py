@@ -55,14 +55,6 @@ class RunArrays:
         #: runs of each depth
         self.members = [(self.depth == depth).nonzero()[0] for depth in range(1 + max(depths, default=-1))]
 
-    def all_alike(self) -> bool:
-        """Whether every run has as many pages, rows and sequences as all others of its depth, and all have them all."""
-        kinds = np.stack((self.depth, self.num_pages, self.rows, self.size), axis=1).tolist()
-        batch = self.batch
-        if len(set(map(tuple, kinds))) > len(self.members):
-            return False
-        return all(len(members) * int(self.size[members[0]]) == batch for members in self.members)
-
 
 def cut_of(
     runs: RunArrays, kept: BoolArray, num_tokens: Int64Array, rows: Int64Array, *, page_size: int

@@ -38,7 +38,11 @@ if TYPE_CHECKING:
 __all__ = [
     "FA3",
     "FA3_IN_LINE",
+    "LEAST_CHUNK",
+    "LEAST_SLICE",
+    "SHORT",
     "SLICES",
+    "TILE_LIST",
     "Cut",
     "Groups",
     "Heads",
@@ -53,16 +57,16 @@ __all__ = [
 FA3, SHORT, FA3_IN_LINE = 3, 4, 5
 #: query heads of a KV head for which the kernel for short lists was measured, and the mean tokens that it is for
 _SHORT_HEADS, _SHORT_TOKENS, _LEAST_LISTS = 4, 176, 16
-_TILE_LIST = (16, 64, 128)
-_TILES = np.array(_TILE_LIST)
+TILE_LIST = (16, 64, 128)
+_TILES = np.array(TILE_LIST)
 #: numbers of slices to choose from
 SLICES = np.array([1, 2, 4, 8, 16, 32])
 #: that many were measured, and that many for one KV head with as many tiles
 _MOST_SLICES, _SLICES_OF_FEW = 8, 64
 #: fa2 cuts no list of tokens shorter than this
-_LEAST_CHUNK = 128
+LEAST_CHUNK = 128
 #: nor do slices
-_LEAST_SLICE = 64
+LEAST_SLICE = 64
 #: tokens of a slice from which on fa3 is faster over an array than over a list of pages; shorter ones take longer
 _LEAST_IN_LINE = 512
 
@@ -197,7 +201,7 @@ def loads_of(cut: Cut, heads: Heads, num_processors: int, slices: Int64Array) ->
     values[7:] = np.array((cut.different, total_tokens - cut.different))[..., None] * float(heads.token_bytes)
     makes_sense = np.zeros(values.shape[1:], dtype=bool)
     makes_sense[:, 0] = True
-    makes_sense[: cut.num_shared, 1:] = longest[: cut.num_shared, None] >= _LEAST_SLICE * slices * (slices > 1)
+    makes_sense[: cut.num_shared, 1:] = longest[: cut.num_shared, None] >= LEAST_SLICE * slices * (slices > 1)
     return Load(kernel, values), makes_sense
 
 
@@ -215,7 +219,7 @@ def _fa2(
     # Either is long enough for all chunks to run at once.
     by_list = -(-longest // np.maximum(1, room // num_tiles))
     by_work = np.where(room > num_tiles, -(-work // np.maximum(1, room - num_tiles)), longest)
-    chunk = np.maximum(_LEAST_CHUNK, np.minimum(by_list, by_work))
+    chunk = np.maximum(LEAST_CHUNK, np.minimum(by_list, by_work))
     chunks = -(-cut.tokens // chunk[level])
     blocks, parts = np.add.reduceat(np.array((tiles, cut.rows * cut.times)) * chunks, cut.first, axis=1)
     split = longest > chunk
@@ -242,56 +246,3 @@ def _fa3(cut: Cut, heads: Heads, sums: tuple[Int64Array, ...], slices: Int64Arra
     numbers[2] = most
     numbers[5] = numbers[6] = np.add.reduceat((rows * times)[:, None] * chunks, first)
     return numbers
-
-
-def one_fa2_load(
-    heads: Heads, num_processors: int, rows: int, tokens: int | Int64Array, different: int, *, times: int = 1
-) -> tuple[int, tuple[float, ...]]:
-    """Kernel and numbers of one call by fa2 (or decode), as `loads_of` has them, of groups of as many rows each.
-
-    Args:
-        heads: the model's.
-        num_processors: the device's multiprocessors.
-        rows: of each group.
-        tokens: of each group, int64 [groups]; a number for groups that are all alike.
-        different: different tokens among them all.
-        times: how many groups these are.
-    """
-    count, longest, total = (times, tokens, times * tokens) if isinstance(tokens, int) else _sums(tokens)
-    packed = rows * heads.heads_each
-    kernel = (packed > 16) + (packed > 64)
-    tiles = -(-packed // _TILE_LIST[kernel])
-    room = max(1, 2 * num_processors // heads.num_kv_heads)
-    by_list = -(-longest // max(1, room // (tiles * count)))
-    by_work = -(-tiles * total // max(1, room - tiles * count)) if room > tiles * count else longest
-    chunk = max(_LEAST_CHUNK, min(by_list, by_work))
-    chunks = -(-tokens // chunk)
-    num_chunks = times * chunks if isinstance(chunks, int) else int(chunks.sum())
-    if rows == 1 and is_short(heads.heads_each, count, total):
-        kernel = SHORT
-    split, num_heads = longest > chunk, heads.num_kv_heads
-    parts = (rows * num_chunks, rows * count) if split else (0, 0)
-    calls = (tiles * num_chunks * num_heads, tiles * total * num_heads, min(chunk, longest), *parts)
-    return kernel, (*calls, rows * count, 0, *_traffic(heads, total, different))
-
-
-def fa3_load(heads: Heads, rows: int, tokens: int, different: int, slices: int, *, times: int) -> tuple[float, ...]:
-    """The numbers of one call by fa3, as `loads_of` has them, of groups that are all alike, in slices."""
-    tiles = -(-rows * heads.heads_each // 128) * heads.num_kv_heads * times
-    most = -(-tokens // slices)
-    chunks = -(-tokens // most)
-    results = rows * chunks * times
-    return (tiles * chunks, tiles * tokens, most, 0, 0, results, results, *_traffic(heads, times * tokens, different))
-
-
-def makes_sense(tokens: int, slices: int) -> bool:
-    """Whether no slice is too short."""
-    return slices == 1 or tokens >= _LEAST_SLICE * slices
-
-
-def _sums(tokens: Int64Array) -> tuple[int, int, int]:
-    return len(tokens), int(tokens.max()), int(tokens.sum())
-
-
-def _traffic(heads: Heads, total: int, different: int) -> tuple[float, float]:
-    return different * float(heads.token_bytes), (total - different) * float(heads.token_bytes)

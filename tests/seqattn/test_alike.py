@@ -8,12 +8,13 @@ from attrs import evolve
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from seqattn.alike import AlikeSteps
+from seqattn.alike import AlikeRuns, AlikeSteps
 from seqattn.cost import CostModel, runs_that_pay
 from seqattn.device import Device, Heads
 from seqattn.forest import Run
 from seqattn.groups import RunArrays, cut_of
 from seqattn.load import SLICES, slices_for
+from seqattn.steps import NUMBERS, step_us
 
 PAGE_SIZE = 16
 CHOICES = [(), (0,), (1,), (0, 1)]
@@ -53,13 +54,44 @@ def test_one_by_one_steps_take_as_long_as_all_together(
     own = np.random.default_rng(batch).integers(3, 2000, batch) if ragged else np.full(batch, 200)
     num_tokens = own + PAGE_SIZE * (sum(pages) if num_documents > 1 else pages[0])
     arrays = RunArrays(runs, rows_each * np.arange(batch + 1))
-    assert arrays.all_alike()
+    alike = AlikeRuns.of(runs, batch, 2)
+    assert alike is not None
+    assert alike.depths == arrays.depth.tolist()
     choices = CHOICES if num_documents > 1 else CHOICES[:2]
     kept = np.array([[depth in choice for depth in arrays.depth.tolist()] for choice in choices])
     cut, num_shared = cut_of(arrays, kept, num_tokens, np.full(batch, rows_each), page_size=PAGE_SIZE)
-    steps = AlikeSteps(device, heads, arrays, num_tokens, rows_each, page_size=PAGE_SIZE)
+    steps = AlikeSteps(device, heads, alike, num_tokens, rows_each, page_size=PAGE_SIZE)
     assert [steps.least_us(choice) for choice in choices] == pytest.approx(device.times(cut, num_shared, heads))
     assert steps.best(choices) == device.choose(cut, num_shared, heads)
+
+
+devices = st.builds(
+    evolve,
+    st.just(Device()),
+    level_us=st.sampled_from([0.0, 6.694, 40.0]),
+    spread=st.sampled_from([0.0, 0.2938, 1.0, 1.5]),
+    fa2_waits=st.sampled_from([0.0, 0.3281, 2.0]),
+    margin=st.sampled_from([0.0, 0.01, 0.3]),
+    level_margin=st.sampled_from([0.0, 0.015, 0.3]),
+)
+
+
+@settings(max_examples=300)
+@given(few, few, st.integers(2, 12), pages, heads, devices, st.integers(1, 2000))
+def test_no_way_is_left_out_that_could_be_the_fastest(
+    num_systems: int, num_documents: int, each: int, pages: tuple[int, int], heads: Heads, device: Device, own: int
+) -> None:
+    """No step is shorter than the least that it may take, by which ways are left out; the choice is that of all."""
+    runs, batch = forest(num_systems, num_documents, each, pages)
+    alike = AlikeRuns.of(runs, batch, 2)
+    assert alike is not None
+    num_tokens = np.random.default_rng(own).integers(1, 1 + own, batch) + PAGE_SIZE * sum(alike.pages)
+    steps = AlikeSteps(device, heads, alike, num_tokens, 1, page_size=PAGE_SIZE)
+    choices = CHOICES if num_documents > 1 else CHOICES[:2]
+    for at_least, top, lower, last in (way for choice in choices[1:] for way in steps.ways(choice)):
+        assert at_least <= step_us(device, top, lower, last, NUMBERS) * (1 + 1e-9)
+    times = [steps.least_us(choice) for choice in choices]
+    assert steps.best(choices) == device.choose_by(times, [len(choice) for choice in choices])
 
 
 @given(few, few, st.integers(2, 4), st.randoms())
@@ -67,16 +99,15 @@ def test_runs_that_differ_in_anything_are_not_alike(
     num_systems: int, num_documents: int, each: int, random: object
 ) -> None:
     runs, batch = forest(num_systems, num_documents, each, (4, 3))
-    rows = np.arange(batch + 1)
-    assert RunArrays(runs, rows).all_alike()
-    assert not RunArrays(runs, np.arange(batch + 2)).all_alike(), "a sequence shares nothing"
+    num_depths = 1 + (num_documents > 1)
+    assert AlikeRuns.of(runs, batch, num_depths) is not None
+    assert AlikeRuns.of(runs, batch, num_depths - 1) is None, "more depths than are asked for"
+    assert AlikeRuns.of(runs, batch + 1, num_depths) is None, "a sequence shares nothing"
     i = random.randrange(len(runs))  # type: ignore[attr-defined]
     depth_is_shared = sum(run.begin == runs[i].begin for run in runs) > 1
     assume(depth_is_shared)
-    longer = Run(runs[i].first, runs[i].stop, runs[i].begin, runs[i].end + 1, runs[i].parent)
-    assert not RunArrays([*runs[:i], longer, *runs[i + 1 :]], rows).all_alike()
-    more_rows = rows + (rows > runs[i].first)
-    assert not RunArrays(runs, more_rows).all_alike()
+    for other in (runs[i]._replace(end=runs[i].end + 1), runs[i]._replace(stop=runs[i].stop + 1)):
+        assert AlikeRuns.of([*runs[:i], other, *runs[i + 1 :]], batch, num_depths) is None
 
 
 def test_sequences_of_different_rows_are_weighed_by_numpy() -> None:
