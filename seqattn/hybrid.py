@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CostModel", "check_hybrid", "pack_hybrid", "pack_runs", "predict_us"]
 
+#: of arrays of int32 without gaps
+_SIDE_BY_SIDE = {(4,)}
+
 
 def pack_hybrid(
     tables: Sequence[PageArray],
@@ -74,6 +77,8 @@ def pack_hybrid(
     """
     lens, rows = _checked(tables, num_tokens, page_size, query_lens)
     model = _model(cost_model)
+    if not {table.strides for table in tables} <= _SIDE_BY_SIDE:
+        tables = [np.ascontiguousarray(table, dtype=np.int32) for table in tables]
     order, runs = build_forest(tables, ((lens - rows) // page_size).tolist())
     kept = None
     if model is not None and runs:

@@ -80,6 +80,51 @@ def test_steps_write_and_attend_as_the_calls_by_hand_do(hybrid: bool, layout: st
     assert engine.graphs.num_captures == engine.graphs.num_replays == 0
 
 
+def rows_of(engine: Engine, num_new: list[int]) -> tuple[list[np.ndarray[Any, np.dtype[np.int32]]], list[int]]:
+    """Each sequence's last tokens as sequences of their own: page tables and lengths."""
+    tables, lens = [], []
+    for i, new in zip(engine.ids, num_new, strict=True):
+        total = engine.descriptor.num_tokens(i)
+        for n in range(total - new + 1, total + 1):
+            tables.append(engine.descriptor.seq_id_to_data[i].table[: -(-n // PAGE_SIZE)])
+            lens.append(n)
+    return tables, lens
+
+
+@pytest.mark.parametrize("cost_model", [None, "auto"])
+def test_several_tokens_of_a_sequence_are_rows_that_see_those_before_them(cost_model: Any) -> None:  # noqa: ANN401  either
+    engine, other = Engine(), Engine()
+    num_new = [6, 1, 3]
+    for each in (engine, other):
+        each.descriptor.allocate(each.ids, num_new)
+    tables, lens = rows_of(engine, num_new)
+    data = pack_hybrid(tables, lens, page_size=PAGE_SIZE, query_lens=None, cost_model=cost_model)
+    hidden = inputs(sum(num_new), 0)
+    out, _ = engine.graphs.replay(data, hidden)
+    assert engine.graphs.replay_if_captured(data, hidden) is None, "nothing is captured here"
+    packed, indptr = other.descriptor.pack_for_flashinfer(other.ids), torch.tensor([0, *np.cumsum(num_new)])
+    other.attention.plan(packed, query_lens=num_new)
+    for layer in range(NUM_LAYERS):
+        keys = hidden[:, :NUM_KV_HEADS] * (layer + 1)
+        other.manager.append_kv(keys, keys.flip(-1), packed, indptr, layer=layer)
+        hidden = hidden + other.attention.run(hidden, layer=layer)
+    assert torch.allclose(out, hidden, atol=1e-5)
+    for a, b in zip(engine.manager.get_memory_tensors(), other.manager.get_memory_tensors(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_slot_is_written_once() -> None:
+    engine = Engine()
+    engine.descriptor.allocate(engine.ids, [3, 3, 3])
+    tables, lens = rows_of(engine, [3, 3, 3])
+    data = pack_hybrid([*tables, tables[4]], [*lens, lens[4]], page_size=PAGE_SIZE, query_lens=None, cost_model=None)
+    before = engine.manager.key_cache.clone()
+    for call in (engine.graphs.replay, engine.graphs.replay_if_captured):
+        with pytest.raises(PageError, match=r"slot 3 of page \d+ would be written for 2 sequences"):
+            call(data, inputs(10, 0))
+    assert torch.equal(engine.manager.key_cache, before)
+
+
 def test_capturing_ahead_does_nothing_without_a_device() -> None:
     engine = Engine()
     engine.graphs.capture(inputs(1, 0))

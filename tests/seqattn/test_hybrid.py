@@ -161,6 +161,19 @@ def test_an_empty_batch_is_one_empty_level() -> None:
     data.check(16)
 
 
+def test_tables_with_gaps_or_of_wider_integers_are_read_as_they_are() -> None:
+    base = np.arange(4000, dtype=np.int32)
+    tables = [np.concatenate((base[:40], base[100 * i + 100 : 100 * i + 110])) for i in range(20)]
+    lens = [16 * len(table) for table in tables]
+    want = pack_hybrid(tables, lens, page_size=16, query_lens=None, cost_model=None)
+    for others in ([np.repeat(table, 2)[::2] for table in tables], [table.astype(np.int64) for table in tables]):
+        data = pack_hybrid(others, lens, page_size=16, query_lens=None, cost_model=None)
+        assert [level.kv_page_indices.tolist() for level in data.levels] == [
+            level.kv_page_indices.tolist() for level in want.levels
+        ]
+        assert all(level.kv_page_indices.dtype == torch.int32 for level in data.levels)
+
+
 def test_levels_share_no_memory_with_the_tables() -> None:
     tables = [table.copy() for table in FOREST.tables]
     data = pack_hybrid(tables, FOREST.num_tokens, page_size=16, query_lens=None, cost_model=None)
