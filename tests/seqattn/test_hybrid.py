@@ -166,7 +166,8 @@ def test_tables_with_gaps_or_of_wider_integers_are_read_as_they_are() -> None:
     tables = [np.concatenate((base[:40], base[100 * i + 100 : 100 * i + 110])) for i in range(20)]
     lens = [16 * len(table) for table in tables]
     want = pack_hybrid(tables, lens, page_size=16, query_lens=None, cost_model=None)
-    for others in ([np.repeat(table, 2)[::2] for table in tables], [table.astype(np.int64) for table in tables]):
+    variants: Any = ([np.repeat(table, 2)[::2] for table in tables], [table.astype(np.int64) for table in tables])
+    for others in variants:
         data = pack_hybrid(others, lens, page_size=16, query_lens=None, cost_model=None)
         assert [level.kv_page_indices.tolist() for level in data.levels] == [
             level.kv_page_indices.tolist() for level in want.levels
