@@ -44,8 +44,8 @@ def test_a_step_is_launched_before_the_tokens_of_the_one_before_are_read(monkeyp
     monkeypatch.setattr(engine.runner, "forward", lambda step: log.append("launch") or forward(step))  # type: ignore[func-returns-value]
     monkeypatch.setattr(flights._Flight, "read", lambda flight: log.append("read") or read(flight))  # type: ignore[func-returns-value]
     engine.generate([prompt(1, 9)], max_new_tokens=5, stop_tokens=())
-    assert log == ["launch", "read", "launch", "launch", "read", "launch", "read", "launch", "read", "read"]
-    assert engine.steps.num_ahead == 3, "the last step is known to be the last"
+    assert log == ["launch", *["launch", "read"] * 4, "read"], "prompts, too; the last is known to be the last"
+    assert engine.steps.num_ahead == 4
 
 
 def running(
@@ -180,6 +180,25 @@ def test_tokens_that_cannot_be_read_are_chosen_again(monkeypatch: pytest.MonkeyP
     expect(*requests)
     alone = engine_for().generate([prompt(60, 7)], max_new_tokens=20, sampling=Sampling(1.0, seed=4), stop_tokens=())
     assert drawn.tokens == alone[0].tokens
+    check_all_free(engine)
+
+
+def test_a_prompt_whose_token_cannot_be_read_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_for(run_ahead=True)
+    first = engine.submit(prompt(1, 9), max_new_tokens=30, stop_tokens=())
+    for _ in range(3):
+        engine.step()
+    late = engine.submit(prompt(2, 21), max_new_tokens=30, stop_tokens=())
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(flights._Flight, "read", lambda _: (_ for _ in ()).throw(BrokenError()))
+        with pytest.raises(BrokenError):
+            engine.step()
+    assert [engine.cache.descriptor.num_tokens(each.id) for each in (first, late)] == [first.num_done, 21]
+    assert (late.num_done, late.tokens) == (0, [])
+    engine.cache.check()
+    engine.wait([first, late])
+    expect(first, late)
     check_all_free(engine)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from radix.integrations.transformers import Engine, Request, Sampling
+from radix.integrations.transformers import Engine, Request, Sampling, flight
 from radix.integrations.transformers.attention import Step
 from radix.integrations.transformers.decoding import GraphStep
 from radix.integrations.transformers.scheduler import Growth
@@ -33,8 +33,8 @@ def expect_right(request: Request) -> None:
     assert request.tokens == want[:have], f"{request.id} {request.finish_reason}"
 
 
-def step_that_fails(engine: Engine) -> None:
-    """A step whose forward ends in an error, after it has written what it computed."""
+def step_that_fails(engine: Engine, *, is_late: bool) -> None:
+    """A step whose forward ends in an error, after it has written what it computed; or whose tokens cannot be read."""
     forward, num_failed = engine.runner.forward, 0
 
     def fails(step: Step | GraphStep) -> torch.Tensor:
@@ -43,8 +43,16 @@ def step_that_fails(engine: Engine) -> None:
         num_failed += 1
         raise RuntimeError("out of memory")
 
+    def is_lost(_: object) -> list[int]:
+        nonlocal num_failed
+        num_failed += 1
+        raise RuntimeError("the device is lost")
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.runner, "forward", fails)
+        if is_late:
+            patch.setattr(flight._Flight, "read", is_lost)
+        else:
+            patch.setattr(engine.runner, "forward", fails)
         with suppress(RuntimeError):
             engine.step()
             assert not num_failed, "what the model raises is the caller's"
@@ -101,7 +109,7 @@ def test_every_answer_of_a_random_life_is_right_and_no_page_is_lost(
         elif action == "evict":
             engine.cache.evict(3)
         elif action == "fail":
-            step_that_fails(engine)
+            step_that_fails(engine, is_late=bool(random.integers(2)))
         else:
             engine.step()
         engine.cache.check()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from attrs import define
+from attrs import define, evolve
 
 from radix.integrations.transformers.sampling import choose_tokens
 from seqattn.append import sent
@@ -123,9 +123,9 @@ class Steps:
         try:
             logits = self.runner.forward(self.runner.prepare(batch, tokens))
             families = _families(batch)
-            return _Flight.of(batch, families, self._choose(logits, families, batch.num_ahead))
+            return _Flight.of(batch, families, self._choose(logits, families, 1 if batch.on_the_way else 0))
         except BaseException:
-            self._scheduler.undo(batch, batch.num_ahead)
+            self._scheduler.undo(batch)
             raise
 
     def _launch_after(self, flight: _Flight) -> _Flight | None:
@@ -140,7 +140,7 @@ class Steps:
         self.num_ahead += 1
         return self._launch(batch, tokens)
 
-    def _choose(self, logits: torch.Tensor, families: list[list[Request]], num_ahead: int) -> torch.Tensor:
+    def _choose(self, logits: torch.Tensor, families: list[list[Request]], nth: int) -> torch.Tensor:
         """A token for each of `families`, the requests of one of which share a row of logits."""
         draws = [request.draw for family in families for request in family]
         if not draws:
@@ -148,21 +148,24 @@ class Steps:
         if len(draws) > len(families):
             rows = [row for row, family in enumerate(families) for _ in family]
             logits = logits[sent(np.array(rows), logits.device)]
-        return choose_tokens(logits, draws, num_ahead)
+        return choose_tokens(logits, draws, nth)
 
     def _land(self, flight: _Flight, ahead: _Flight | None) -> Landed:
         """Reads the tokens of a step."""
-        self._flight = ahead
+        self._flight = None
         try:
             tokens = iter(flight.read())
         except BaseException:
-            self.drop()
-            self._scheduler.undo(flight.batch)
+            for each in (ahead, flight):
+                if each is not None:
+                    self._scheduler.undo(each.batch)
             raise
         self._scheduler.done(flight.batch)
         landed = [[(request, next(tokens)) for request in family] for family in flight.families]
         if ahead is not None:
             self._scheduler.tell(ahead.batch, {request: token for family in landed for request, token in family})
+            batch = ahead.batch._replace(on_the_way=())
+            self._flight = evolve(ahead, batch=batch)
         return [family for family in landed if not family[0][0].is_finished]  # cancelled on the way
 
 

@@ -124,15 +124,15 @@ class Runner:
     def _prepare_as_rows(self, batch: Batch) -> GraphStep:
         """The same as rows that are decoded."""
         tokens, positions, rows, _ = self._rows(batch)
-        ids, num_done = [r.id for r in batch.requests], [r.num_done for r in batch.requests]
-        data = pack_rows(self.cache, ids, num_done, batch.num_new, self.packer.cost_model)
+        ids = [request.id for request in batch.requests]
+        data = pack_rows(self.cache, ids, batch.lens, batch.num_new, self.packer.cost_model)
         return GraphStep(data, tokens, positions, batch, rows)
 
     def _rows(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[int] | None]:
         """Tokens, positions, last rows (None for all) of a batch on the device, and its lengths where some are cut."""
         requests = batch.requests
         num_new = np.array(batch.num_new, dtype=np.int64)
-        num_done = np.array([request.num_done for request in requests], dtype=np.int64)
+        num_done = np.array(batch.lens, dtype=np.int64)
         lens, ends = num_done + num_new, np.cumsum(num_new)
         num_rows = int(ends[-1])
         in_part = [r.num_done + n < len(r.todo) for r, n in zip(requests, batch.num_new, strict=True)]
@@ -150,7 +150,7 @@ class Runner:
         num, requests = len(batch.requests), batch.requests
         ids = [request.id for request in requests]
         host = np.empty(num if tokens is not None else 2 * num, dtype=np.int64)
-        host[:num] = [request.num_done + batch.num_ahead for request in requests]
+        host[:num] = batch.lens
         if tokens is None:
             host[num:] = [request.tokens[-1] for request in requests]
         there = sent(host, self.shape.device)

@@ -24,7 +24,7 @@ from radix.tokens import TOKEN_BYTES, common_bytes
 from seqattn.errors import NoPageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from radix.cache import PrefixCache
     from radix.integrations.transformers.request import Request
@@ -47,14 +47,20 @@ class Batch(NamedTuple):
         num_decoding: how many decode.
         num_new: tokens of each, at least 1.
         growth: versions of the page tables before and after those that decode were extended; None if none does.
-        num_ahead: tokens of each, before the new ones, that a batch on its way computes.
+        on_the_way: tokens of each that a batch before it computes, which has not landed; empty if there is none.
     """
 
     requests: list[Request]
     num_decoding: int
     num_new: list[int]
     growth: Growth | None
-    num_ahead: int = 0
+    on_the_way: Sequence[int] = ()
+
+    @property
+    def lens(self) -> list[int]:
+        """Tokens of each before the new ones."""
+        done = [request.num_done for request in self.requests]
+        return [n + more for n, more in zip(done, self.on_the_way, strict=True)] if self.on_the_way else done
 
     @property
     def decodes(self) -> bool:
@@ -113,34 +119,39 @@ class Scheduler:
     def batch_after(self, batch: Batch) -> Batch | None:
         """What decodes after a batch that is on its way, extended by tokens that are not known yet.
 
-        None where that batch decides what comes next: it computes prompts, or what waits may start when it has ended.
-        Requests that end with it by their length are left out; those that it turns out to end otherwise are not.
+        None where that batch decides what comes next: not all of a prompt is computed, forks begin with its tokens, or
+        what waits may start when it has landed. Requests that end with it by their length are left out; those that it
+        turns out to end otherwise are not.
         """
-        if not batch.decodes or self.inbox or len(self.running) > len(batch.requests):
+        if self.inbox or len(self.running) > len(batch.requests):
             return None
-        requests = [r for r in batch.requests if not r.is_finished and len(r.tokens) + 1 < r.max_new_tokens]
-        if self.waiting and len(requests) < self.max_requests:
-            if self._patience == 0 or len(requests) < len(batch.requests):
+        pairs = [(r, size) for r, size in zip(batch.requests, batch.num_new, strict=True) if not r.is_finished]
+        if not batch.decodes and any(r.forks or r.num_done + size < len(r.todo) for r, size in pairs):
+            return None
+        going_on = [(r, size) for r, size in pairs if len(r.tokens) + 1 < r.max_new_tokens]
+        if self.waiting and len(going_on) < self.max_requests:
+            if not batch.decodes or not self._patience or len(going_on) < len(batch.requests):
                 return None
             self._patience -= 1
-        if not requests:
+        if not going_on:
             return None
+        requests = [request for request, _ in going_on]
         try:
             growth = self._grow(requests, [_UNKNOWN] * len(requests))
         except NoPageError:
             return None
-        return Batch(requests, len(requests), [1] * len(requests), growth, num_ahead=1)
+        return Batch(requests, len(requests), [1] * len(requests), growth, [size for _, size in going_on])
 
     def tell(self, batch: Batch, tokens: dict[Request, int]) -> None:
         """The tokens that were not known when a batch was made ahead; of other requests, too."""
         requests = [request for request in batch.requests if request in tokens]
         self.cache.amend([request.id for request in requests], [tokens[request] for request in requests])
 
-    def undo(self, batch: Batch, num_ahead: int = 0) -> None:
-        """Takes back what a batch added to the sequences, behind `num_ahead` tokens of one that is on its way."""
-        for request in batch.requests[: batch.num_decoding]:
+    def undo(self, batch: Batch) -> None:
+        """Takes back what a batch added to the sequences; it has failed, or is not wanted any more."""
+        for request, length in zip(batch.requests[: batch.num_decoding], batch.lens, strict=False):
             if not request.is_finished:
-                self.cache.truncate(request.id, request.num_done + num_ahead)
+                self.cache.truncate(request.id, length)
 
     def done(self, batch: Batch) -> None:
         """The KV of a batch is written: publishes what it computed of prompts."""
