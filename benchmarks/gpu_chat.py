@@ -129,14 +129,15 @@ def decode(work: Work) -> Iterator[Row]:
     for packing, graphs in VARIANTS:
         engine, _ = work.batch_engine(packing, graphs)
         with engine:
-            for engine.steps.run_ahead in (False, True):
+            for run_ahead in (False, True):
+                engine.steps.run_ahead = run_ahead
                 for _ in range(8):
                     engine.step()
                 begin = time.perf_counter()
                 for _ in range(work.sizes.steps):
                     engine.step()
                 step = (time.perf_counter() - begin) / work.sizes.steps
-                how = {"packing": packing, "graphs": graphs, "ahead": engine.steps.run_ahead}
+                how = {"packing": packing, "graphs": graphs, "ahead": run_ahead}
                 yield how | {"tokens_per_s": work.sizes.batch / step, "step_ms": step * 1e3}
             engine.cache.check()
 

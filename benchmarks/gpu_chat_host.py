@@ -51,7 +51,7 @@ def host_rows(engine: Engine, num_steps: int) -> dict[str, float]:
 
     Returns:
         Microseconds, medians: `schedule` (admission, extending), `prepare` (tensors, packing, planning), `forward`
-        until the model's call returns, `sample` (launching the choice of tokens), `publish_and_accept`,
+        until the model's call returns, `sample` (launching the choice of tokens and their copy), `publish_and_accept`,
         `forward_without_attention`. `host` is all that the CPU does in a step and `added` what that is more than the
         last, with their shares of it: where decoding is one CUDA graph, the forward itself is gone. `added_share_low`
         and `added_share_high` are the quartiles of the latter. `step` is a whole step by the clock, the device's time
@@ -67,7 +67,7 @@ def host_rows(engine: Engine, num_steps: int) -> dict[str, float]:
         (engine.scheduler, "next_batch"),
         (engine.runner, "prepare"),
         (engine.runner, "forward"),
-        (engine.steps, "_choose"),
+        (engine.steps, "_chosen"),
         (engine.steps, "_land"),
         (engine, "_accept"),
     ]
@@ -97,7 +97,7 @@ def _rows(timers: dict[str, _Timer], bare: _Timer) -> dict[str, float]:
         "schedule_us": us["next_batch"],
         "prepare_us": us["prepare"],
         "forward_us": us["forward"],
-        "sample_us": us["_choose"],
+        "sample_us": us["_chosen"],
         "publish_and_accept_us": round(us["_land"] + us["_accept"], 1),
         "forward_without_attention_us": round(statistics.median(without), 1),
         "host_us": round(statistics.median(hosts), 1),

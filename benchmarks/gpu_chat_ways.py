@@ -24,7 +24,7 @@ from radix.integrations.transformers.attention import NAME
 from radix.integrations.transformers.runner import Runner
 from radix.integrations.transformers.scheduler import Batch
 from seqattn import PagedAttention, PagedKVCacheManager
-from seqattn.attention.wrappers import WrapperSet
+from seqattn.attention.wrapper_set import WrapperSet
 
 __all__ = ["PAIRS", "Ways"]
 

@@ -270,7 +270,7 @@ class PrefixCache:
         """Says what the last token of running sequences is, for who had to `extend` before that was known; all or none.
 
         Raises:
-            UnknownSequenceError: an id is not running.
+            UnknownSequenceError, DuplicateSequenceError: an id is not running, or named twice.
             TokenError, LengthError: not one token id for each; or a last token that is published, or of the prompt.
 
         Cost: about 0.5 µs for each sequence.

@@ -64,9 +64,14 @@ def extend_one(state: State, seq_id: Hashable, run: Running, key: bytes) -> None
 
 
 def amend_all(state: State, seq_ids: Sequence[Hashable], runs: Sequence[Running], keys: Sequence[bytes]) -> None:
-    """Puts another token in the place of the last one of each running sequence, all or none; raises LengthError."""
+    """Puts another token in the place of the last one of each running sequence, all or none.
+
+    Raises:
+        DuplicateSequenceError, LengthError: nothing has changed.
+    """
     if len(runs) != len(keys) or any(len(key) != TOKEN_BYTES for key in keys):
         raise LengthError(f"amend needs one token id for each of {len(runs)} sequences, not {len(keys)} entries")
+    state.descriptor.refuse_twice(seq_ids)
     page_size = state.tree.page_size
     for seq_id, run in zip(seq_ids, runs, strict=True):
         if not run.tail or run.num_ids <= run.num_tree_pages * page_size:

@@ -55,7 +55,7 @@ ORDER = [
     "seqattn/attention/choice.py",
     "seqattn/attention/bound.py",
     "seqattn/attention/wrapper.py",
-    "seqattn/attention/wrappers.py",
+    "seqattn/attention/wrapper_set.py",
     "seqattn/attention/views.py",
     "seqattn/attention/prepared.py",
     "seqattn/attention/streams.py",
@@ -101,6 +101,7 @@ ORDER = [
     "radix/integrations/transformers/reader.py",
     "radix/integrations/transformers/graphs.py",
     "radix/integrations/transformers/decoding.py",
+    "radix/integrations/transformers/cold_prompts.py",
     "radix/integrations/transformers/scheduler.py",
     "radix/integrations/transformers/packing.py",
     "radix/integrations/transformers/runner.py",
@@ -123,7 +124,7 @@ NO_TENSORS = ["radix/tokens.py", "radix/node.py", "radix/tree.py"]
 CORE = {"attrs", "numpy", "sortedcontainers", "torch"}
 #: package of an extra → the files that may import it
 EXTRAS = {
-    "flashinfer": ["seqattn/append.py", "seqattn/attention/wrappers.py"],
+    "flashinfer": ["seqattn/append.py", "seqattn/attention/wrapper_set.py"],
     "triton": ["seqattn/kernels.py", "seqattn/row_kernel.py"],  # comes with torch on Linux
     "rich": ["radix/__main__.py", "seqattn/__main__.py"],
     "rich_click": ["radix/__main__.py", "seqattn/__main__.py", "seqattn/command.py"],

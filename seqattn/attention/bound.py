@@ -170,6 +170,8 @@ class BoundPlan:
         places = [[i for i, given in enumerate(arguments) if given is tensor] for tensor in (indptr, lengths)]
         # Not every kernel is told the lengths; one that is told them by another tensor would be told old ones.
         if len(places[0]) == 1 and (len(places[1]) == 1 or not any(_equals(given, lengths) for given in arguments)):
+            for place in (*places[0], *places[1]):
+                arguments[place] = None
             self._function, self._arguments, self._places = function, arguments, places
 
 

@@ -18,7 +18,7 @@ import torch
 
 from seqattn.attention.bound import BoundPlan
 from seqattn.attention.fixed import next_padded
-from seqattn.attention.wrappers import wait_for
+from seqattn.attention.wrapper_set import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

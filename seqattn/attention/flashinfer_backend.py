@@ -37,7 +37,7 @@ from seqattn.attention.choice import choose, own_of, what_matters
 from seqattn.attention.prepared import Form, Prepared, Scratch, scratch_for
 from seqattn.attention.streams import Streams
 from seqattn.attention.views import LayerViews
-from seqattn.attention.wrappers import WrapperSet
+from seqattn.attention.wrapper_set import WrapperSet
 from seqattn.constants import Chip, constants_for
 from seqattn.device import Heads
 from seqattn.errors import MissingExtraError, SeqAttnError, TensorError

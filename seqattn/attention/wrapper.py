@@ -127,7 +127,8 @@ class Wrapper:
 
     def arrays(self, call: KernelCall) -> tuple[tuple[Int32Array, ...], tuple[Int32Array, ...]]:
         """What a plan for a call reads on the device, and what it reads on the CPU."""
-        if call.kernel == "decode" and self._replans_for(call).is_repeated:
+        known = self._known_replans(call)
+        if known is not None and known.is_repeated:
             return (call.kv_page_indptr, call.kv_page_indices, call.kv_last_page_len), (call.kv_page_indptr,)
         return (call.kv_page_indices,), call.offsets
 
@@ -148,10 +149,11 @@ class Wrapper:
             page_size: token slots in a page.
             by_wrapper: makes the wrapper's plan of the tables and options of `FlashInferBackend.plan_call`.
         """
-        replans, runs = self._replans_for(call), self.runs
+        replans, runs = self._known_replans(call), self.runs
         self.begin()
         self.replans = None
         if call.kernel == "decode":
+            replans = replans or Replans(self.made, len(call.kv_last_page_len))
             lengths = torch.from_numpy(call.lens(page_size))
             if replans.is_repeated:
                 assert runs is not None
@@ -163,12 +165,11 @@ class Wrapper:
         else:
             by_wrapper((*on_cpu[:2], *on_device, on_cpu[2]))
 
-    def _replans_for(self, call: KernelCall) -> Replans:
-        """Its plans for batches of the size of a call that decodes."""
-        known, num_sequences = self.replans, len(call.kv_last_page_len)
-        if known is not None and known.num_sequences == num_sequences:
-            return known
-        return Replans(self.made, num_sequences)
+    def _known_replans(self, call: KernelCall) -> Replans | None:
+        """Its plans for batches of the size of a call that decodes, if the last one was of that size."""
+        known = self.replans
+        is_same = call.kernel == "decode" and known is not None and known.num_sequences == len(call.kv_last_page_len)
+        return known if is_same else None
 
     def done(self, call: KernelCall) -> None:
         """To be called after a plan. Sequences grow with every step: a call that decodes is not kept."""

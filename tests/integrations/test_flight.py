@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -138,26 +141,60 @@ class BrokenError(Exception):
     """Of a model or a device."""
 
 
-def test_a_step_that_cannot_be_launched_leaves_the_one_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["forward", "prepare", "_chosen", "_launch_after", "tell"])
+def test_a_step_that_cannot_be_launched_is_computed_again(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, requests = running()
-    num_before = [len(request.tokens) for request in requests]
+    late = engine.submit(prompt(50, 8), max_new_tokens=9, stop_tokens=())
+    owners: dict[str, Any] = {"forward": engine.runner, "prepare": engine.runner, "tell": engine.scheduler}
+    owner = owners.get(what, engine.steps)
+    whole = getattr(type(owner), what)
+    for at in (1, 2, 3):
+        num_before, calls = [len(request.tokens) for request in requests], itertools.count(1)
 
-    def broken(_: object) -> torch.Tensor:
-        raise BrokenError
+        def fails(*arguments: Any, calls: Iterator[int] = calls, at: int = at) -> Any:  # noqa: ANN401  anything
+            found = whole(*arguments)
+            if next(calls) == at:
+                raise BrokenError
+            return found
 
-    monkeypatch.setattr(engine.runner, "forward", broken)
-    with pytest.raises(BrokenError):
-        engine.step()
-    assert [len(request.tokens) for request in requests] == num_before
-    engine.cache.check()
-    assert engine.step() == requests, "what was on its way lands"
-    for _ in range(2):
-        with pytest.raises(BrokenError):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(owner), what, fails)
+            while not late.is_finished:
+                try:
+                    engine.step()
+                except BrokenError:
+                    break
+            else:
+                pytest.fail("it was never called so often")
+        assert all(a <= len(request.tokens) for a, request in zip(num_before, requests, strict=True))
+        assert engine.steps._flight is None
+        for request in engine.scheduler.running:
+            assert engine.cache.descriptor.num_tokens(request.id) == max(request.num_known, len(request.todo))
+        engine.cache.check()
+        assert engine.step() == [request for request in (*requests, late) if request in engine.scheduler.running]
+    engine.wait([*requests, late])
+    expect(*requests, late)
+    check_all_free(engine)
+
+
+def test_an_error_that_comes_again_lets_each_token_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that can be run every other time only: what was computed lands before the next step is launched ahead."""
+    engine, requests = running()
+    forward, calls = engine.runner.forward, itertools.count()
+
+    def every_other(step: Any) -> torch.Tensor:  # noqa: ANN401  either kind
+        if next(calls) % 2:
+            raise BrokenError
+        return forward(step)
+
+    monkeypatch.setattr(engine.runner, "forward", every_other)
+    for _ in range(200):
+        if not engine.num_running:
+            break
+        with suppress(BrokenError):
             engine.step()
-    engine.cache.check()
-    monkeypatch.undo()
-    engine.wait(requests)
     expect(*requests)
+    assert all(len(request.tokens) == 30 for request in requests)
     check_all_free(engine)
 
 

@@ -17,19 +17,10 @@ LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]))
 NUM_DRAWS = 20_000
 
 
-class Again(Draw):
-    """Accepts what it has chosen at once."""
-
-    def uniform(self, nth: int = 0) -> float:
-        number = super().uniform(nth)
-        self.accept()
-        return number
-
-
 def frequencies(sampling: Sampling, logits: torch.Tensor = LOGITS) -> np.ndarray[Any, Any]:
     """How often each token is drawn, by one request again and again."""
-    draw = Again(sampling)
-    tokens = choose_tokens(logits.expand(NUM_DRAWS, -1), [draw] * NUM_DRAWS)
+    draw = Draw(sampling)
+    tokens = choose_tokens(logits.expand(NUM_DRAWS, -1), [draw] * NUM_DRAWS, range(NUM_DRAWS))
     return np.bincount(tokens, minlength=len(logits)) / NUM_DRAWS
 
 
@@ -60,34 +51,28 @@ def test_the_smaller_the_temperature_the_nearer_to_greedy(temperature: float, op
 
 
 def test_greedy_takes_the_first_of_equals_and_draws_nothing() -> None:
-    assert choose_tokens(torch.tensor([[0.0, 2.0, 2.0]]), [Draw(Sampling())]).tolist() == [1]
+    assert choose_tokens(torch.tensor([[0.0, 2.0, 2.0]]), [Draw(Sampling())], [0]).tolist() == [1]
     mixed = [Draw(Sampling()), Draw(Sampling(temperature=5.0, seed=3)), Draw(Sampling())]
-    assert [choose_tokens(LOGITS.expand(3, -1), mixed)[i] for i in (0, 2)] == [1, 1]
+    assert [choose_tokens(LOGITS.expand(3, -1), mixed, [0, 4, 7])[i] for i in (0, 2)] == [1, 1]
 
 
-def test_a_number_belongs_to_a_token_until_that_is_accepted() -> None:
-    random, draw = np.random.Generator(np.random.PCG64(5)), Draw(Sampling(temperature=1.0, seed=5))
-    numbers = [random.random() for _ in range(4)]
-    assert [draw.uniform(), draw.uniform(1), draw.uniform(1), draw.uniform()] == [numbers[i] for i in (0, 1, 1, 0)]
-    draw.accept()
-    assert [draw.uniform(), draw.uniform(1)] == numbers[1:3]
-    draw.accept()
-    draw.accept()
-    draw.accept()  # a token that was given, not drawn
-    assert draw.uniform() == numbers[3]
-    greedy = Draw(Sampling())
-    greedy.accept()
-    assert greedy.uniform(1) == 0
+def test_a_number_belongs_to_a_token_and_is_kept_until_the_one_after_the_next() -> None:
+    random, draw = np.random.Generator(np.random.PCG64(5)), Draw(Sampling(temperature=1.0, seed=5), first=3)
+    numbers = [random.random() for _ in range(6)]
+    for nth in (3, 4, 4, 3, 4, 5, 6, 5, 8):
+        assert draw.uniform(nth) == numbers[nth - 3]
+    assert len(draw._numbers) <= 2
+    assert Draw(Sampling()).uniform(1) == 0
 
 
 def test_an_impossible_token_is_never_drawn_not_even_by_the_largest_number() -> None:
     class Largest(Draw):
-        def uniform(self, nth: int = 0) -> float:
+        def uniform(self, nth: int) -> float:
             return float(np.nextafter(1, 0))
 
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
     for options in ({}, {"top_p": 0.9}, {"top_k": 3}):
-        assert choose_tokens(logits, [Largest(Sampling(temperature=1.0, **options))]).item() in {1, 2}
+        assert choose_tokens(logits, [Largest(Sampling(temperature=1.0, **options))], [0]).item() in {1, 2}
 
 
 def test_half_precision_logits_are_drawn_from_in_full() -> None:

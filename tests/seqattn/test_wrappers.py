@@ -12,7 +12,7 @@ from seqattn.append import sent, side_by_side
 from seqattn.attention.calls import KernelCall
 from seqattn.attention.views import LayerViews
 from seqattn.attention.wrapper import Wrapper
-from seqattn.attention.wrappers import WrapperSet, wait_for
+from seqattn.attention.wrapper_set import WrapperSet, wait_for
 from seqattn.cache import PagedKVCacheManager
 from seqattn.errors import LengthError
 from tests.seqattn.test_calls import HEAD_DIM, NUM_KV_HEADS, in_line

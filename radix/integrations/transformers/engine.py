@@ -84,7 +84,8 @@ class Engine:
             (): only the attention of each layer. None: nothing; where other threads use the device at the same time, or
             kernels launch on CUDA's legacy stream instead of torch's, which a capture does not see.
         run_ahead: launch a decode step before the tokens of the one before are read; None: on CUDA. A request that is
-            ended by what it says has then computed a token more, for nothing; a new one may join a step later.
+            ended by what it says has then computed a token more, for nothing; a new one may join a step later, and a
+            token is handed over when the step after it is launched.
         name: requests without an id get the ids "NAME 0", "NAME 1", …
         clock: seconds, for the figures of requests.
 
@@ -93,6 +94,7 @@ class Engine:
         shape: the `ModelShape`.
         on_short: called, one after the other, while nothing runs and no pages are left for who waits first. Each lets
             go of something and says whether it did; `sessions_for` adds that closed sessions end before their time.
+        steps: launches and lands them; what is on its way, and whether steps are launched ahead.
         end_tokens: what ends an answer by default: the end tokens of the model's generation config.
 
     Raises:
@@ -124,7 +126,7 @@ class Engine:
         budget = positive("max_tokens_per_step", max_tokens_per_step)
         if budget < most:
             raise BadValueError(f"max_tokens_per_step {budget} is below max_requests {most}: each needs a token a step")
-        self.runner = Runner(
+        runner = Runner(
             model,
             cache,
             backend=backend,
@@ -134,7 +136,7 @@ class Engine:
             max_requests=most,
         )
         self.model, self.tokenizer, self.cache = model, tokenizer, cache
-        self.shape: ModelShape = self.runner.shape
+        self.shape: ModelShape = runner.shape
         self.end_tokens = _end_tokens(model, tokenizer)
         self.name = name
         self.clock = clock
@@ -143,7 +145,7 @@ class Engine:
         if run_ahead not in (None, True, False):
             raise BadValueError(f"run_ahead must be True, False, or None for True on CUDA, not {run_ahead!r}")
         ahead = self.shape.device.type == "cuda" if run_ahead is None else run_ahead
-        self.steps = Steps(self.runner, self.scheduler, run_ahead=ahead)
+        self.steps = Steps(runner, self.scheduler, clock, run_ahead=ahead)
         self._lock = threading.RLock()
         self._count = itertools.count()
         self._open: dict[Hashable, Request] = {}
@@ -260,6 +262,11 @@ class Engine:
     # -- stepping -----------------------------------------------------------------------------------------------------
 
     @property
+    def runner(self) -> Runner:
+        """The model, and how its steps are computed; that of `steps`."""
+        return self.steps.runner
+
+    @property
     def num_waiting(self) -> int:
         """Requests that are not running yet, or not again."""
         return len(self.scheduler.inbox) + len(self.scheduler.waiting)
@@ -278,11 +285,14 @@ class Engine:
         Raises:
             NoPageError: nothing runs, and pins or others hold the pages that each of the first requests needs. Nothing
                 is lost: step again when they let go.
-            Whatever the model raises: requests stand where they stood; a forward on its way lands with the next step.
+            Whatever the model raises: requests stand where they stood; what is on its way is computed again.
+            Whatever the tokenizer raises of a request with stop texts, when all else is done.
 
         Cost: the model's forward, and on the host O(rows + pages + requests).
         """
         with self._lock:
+            for request in [request for request in self.scheduler.running if request.is_finished]:
+                self._end(request, self.clock())  # an interrupt came before
             return self._accept(self.steps.next())
 
     def cancel(self, request: Request) -> None:
@@ -311,10 +321,11 @@ class Engine:
             if request.is_finished:
                 raise SeqAttnError(f"{request.id!r} is finished and cannot be forked: submit its tokens anew")
             self._refuse_foreign(request)
-            self.steps.drop()  # the sequence has no token then that the request has not
             number, free_id = self._next()
-            child = request.copy(free_id, Draw(sampling), self.clock(), number)
+            child = request.copy(free_id, Draw(sampling, len(request.tokens)), self.clock(), number)
             self._refuse_id(child.id, child.namespace)
+            if self.steps.has(request):  # its sequence has a token that it has not
+                self.steps.drop()
             self._enter(child)
             if not request.tokens:
                 request.forks.append(child)
@@ -388,26 +399,32 @@ class Engine:
             self.step()
 
     def _accept(self, landed: Landed) -> list[Request]:
-        """Gives requests their tokens, starts forks, and ends what is finished; returns the requests."""
-        now = self.clock()
-        for request, token in itertools.chain(*landed):
-            request.accept(token, now)
-        requests = [request for family in landed for request, _ in family]
-        for (first, _), *forks in landed:
-            for request in (first, *(fork for fork, _ in forks)):
+        """Reads new tokens as text, starts forks, and ends what is finished; returns the requests that got one."""
+        requests = [request for family in landed.families for request in family]
+        errors: list[Exception] = []
+        for request in requests:
+            try:
+                request.read()
+            except Exception as error:  # noqa: PERF203  a tokenizer is a program: it may raise anything
+                errors.append(error)
+        for first, *forks in landed.families:
+            for request in (first, *forks):
                 request.forks = []
-            for fork, _ in forks:
+            for fork in forks:
                 if not fork.is_finished:
                     self.scheduler.fork(first, fork)
         for request in requests:
             if request.is_finished:
-                self._end(request, now)
+                self._end(request, landed.now)
+        if errors:
+            raise errors[0]
         return requests
 
     def _end(self, request: Request, now: float) -> None:
         request.finished_at = now
-        del self._open[request.id]
+        self._open.pop(request.id, None)
         self.scheduler.end(request)
+        self.steps.forget_finished()
 
 
 def _end_tokens(model: Model, tokenizer: Tokenizer | None) -> frozenset[int]:

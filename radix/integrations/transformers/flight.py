@@ -7,13 +7,13 @@ What the CPU does for a step, so does it while the device computes the one befor
     device      ██████████████ k ████████████████ ██████████████████ k + 1 ██████████████████ ██████████
 
 So step k + 1 is launched before it is known who ends with step k. A row of a request that has ended is computed for
-nothing; it writes to a slot behind all that was published of it. A flight can always be taken back: the next step then
-computes the same, with the same numbers for what is drawn.
+nothing; it writes to a slot behind all that was published of it. What is on its way can always be taken back: the next
+step then computes the same, with the same numbers for what is drawn. This is also what follows any error.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +23,25 @@ from radix.integrations.transformers.sampling import choose_tokens
 from seqattn.append import sent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from radix.integrations.transformers.request import Request
     from radix.integrations.transformers.runner import Runner
     from radix.integrations.transformers.scheduler import Batch, Scheduler
 
 __all__ = ["Landed", "Steps"]
 
-#: a request and its next token, the forks that begin with its first token behind it
-Landed = list[list[tuple["Request", int]]]
+
+class Landed(NamedTuple):
+    """What a step came to.
+
+    Attributes:
+        families: requests that have taken a token, the forks that begin with their first token behind each.
+        now: by the engine's clock, seconds.
+    """
+
+    families: list[list[Request]]
+    now: float
 
 
 @define(slots=True, frozen=True, eq=False)
@@ -76,6 +87,7 @@ class Steps:
     Args:
         runner: the model.
         scheduler: what runs.
+        clock: seconds.
         run_ahead: launch a step before the tokens of the one before are read.
 
     Attributes:
@@ -83,50 +95,53 @@ class Steps:
         num_ahead: steps that were launched so.
     """
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, *, run_ahead: bool) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, clock: Callable[[], float], *, run_ahead: bool) -> None:
         self.runner = runner
         self.run_ahead = run_ahead
         self.num_ahead = 0
         self._scheduler = scheduler
+        self._clock = clock
         self._flight: _Flight | None = None
         self._has_failed = False
 
     def next(self) -> Landed:
-        """The tokens of one step, to be accepted; the step after it may be on its way.
+        """Computes a step, whose requests take their tokens; the step after it may be on its way.
 
         Raises:
             NoPageError: as `Scheduler.next_batch`.
-            Whatever the model raises. A step that was launched before that stays on its way.
+            Whatever the model raises; requests stand where they stood, and steps on their way are taken back.
         """
-        flight = self._flight
-        if flight is None or all(request.is_finished for request in flight.batch.requests):
-            self._flight = None
-            batch = self._scheduler.next_batch()
-            if not batch.requests:
-                return []
-            flight = self._launch(batch, None)
-        self._flight = flight  # should the next one fail
-        ahead = None
-        if self.run_ahead and not self._has_failed:
+        try:
+            flight = self._flight or self._launch_next()
+            if flight is None:
+                return Landed([], self._clock())
+            # After an error this one lands first: if the next one was the reason, that step is to say so.
+            ahead = self._launch_after(flight) if self.run_ahead and not self._has_failed else None
+            landed = self._land(flight, ahead)
+        except BaseException:
+            self.drop()
             self._has_failed = True
-            ahead = self._launch_after(flight)
+            raise
         self._has_failed = False
-        return self._land(flight, ahead)
+        return landed
+
+    def has(self, request: Request) -> bool:
+        """Whether a request is in a step that is on its way."""
+        return self._flight is not None and request in self._flight.batch.requests
 
     def drop(self) -> None:
-        """Takes back a step that is on its way."""
-        if self._flight is not None:
-            self._scheduler.undo(self._flight.batch)
+        """Takes back what is on its way."""
+        self._flight = None
+        self._scheduler.take_back()
+
+    def forget_finished(self) -> None:
+        """Forgets a step on its way of which nobody is left."""
+        if self._flight is not None and all(request.is_finished for request in self._flight.batch.requests):
             self._flight = None
 
-    def _launch(self, batch: Batch, tokens: torch.Tensor | None) -> _Flight:
-        try:
-            logits = self.runner.forward(self.runner.prepare(batch, tokens))
-            families = _families(batch)
-            return _Flight.of(batch, families, self._choose(logits, families, 1 if batch.on_the_way else 0))
-        except BaseException:
-            self._scheduler.undo(batch)
-            raise
+    def _launch_next(self) -> _Flight | None:
+        batch = self._scheduler.next_batch()
+        return self._launch(batch, None) if batch.requests else None
 
     def _launch_after(self, flight: _Flight) -> _Flight | None:
         """The step after one that is on its way."""
@@ -137,36 +152,37 @@ class Steps:
         if len(batch.requests) < len(flight.batch.requests):
             rows = {request: row for row, request in enumerate(flight.batch.requests)}
             tokens = tokens[sent(np.array([rows[request] for request in batch.requests]), tokens.device)]
+        found = self._launch(batch, tokens)
         self.num_ahead += 1
-        return self._launch(batch, tokens)
+        return found
 
-    def _choose(self, logits: torch.Tensor, families: list[list[Request]], nth: int) -> torch.Tensor:
-        """A token for each of `families`, the requests of one of which share a row of logits."""
-        draws = [request.draw for family in families for request in family]
-        if not draws:
-            return torch.empty(0, dtype=torch.int64)
-        if len(draws) > len(families):
+    def _launch(self, batch: Batch, tokens: torch.Tensor | None) -> _Flight:
+        return self._chosen(batch, self.runner.forward(self.runner.prepare(batch, tokens)))
+
+    def _chosen(self, batch: Batch, logits: torch.Tensor) -> _Flight:
+        """The step with a token for each of its families, the requests of one of which share a row of logits."""
+        families = _families(batch)
+        requests = [request for family in families for request in family]
+        if not requests:
+            return _Flight.of(batch, families, torch.empty(0, dtype=torch.int64))
+        if len(requests) > len(families):
             rows = [row for row, family in enumerate(families) for _ in family]
             logits = logits[sent(np.array(rows), logits.device)]
-        return choose_tokens(logits, draws, nth)
+        nth = [len(request.tokens) + bool(batch.on_the_way) for request in requests]
+        return _Flight.of(batch, families, choose_tokens(logits, [request.draw for request in requests], nth))
 
     def _land(self, flight: _Flight, ahead: _Flight | None) -> Landed:
-        """Reads the tokens of a step."""
-        self._flight = None
-        try:
-            tokens = iter(flight.read())
-        except BaseException:
-            for each in (ahead, flight):
-                if each is not None:
-                    self._scheduler.undo(each.batch)
-            raise
-        self._scheduler.done(flight.batch)
-        landed = [[(request, next(tokens)) for request in family] for family in flight.families]
+        """Reads the tokens of a step, and gives them to its requests."""
+        tokens = iter(flight.read())
+        taken = {request: next(tokens) for family in flight.families for request in family}
+        families = [family for family in flight.families if not family[0].is_finished]  # cancelled on the way
         if ahead is not None:
-            self._scheduler.tell(ahead.batch, {request: token for family in landed for request, token in family})
-            batch = ahead.batch._replace(on_the_way=())
-            self._flight = evolve(ahead, batch=batch)
-        return [family for family in landed if not family[0][0].is_finished]  # cancelled on the way
+            self._scheduler.tell(ahead.batch, taken)
+            ahead = evolve(ahead, batch=ahead.batch._replace(on_the_way=()))
+        now = self._clock()
+        self._scheduler.land(flight.batch, taken, now)
+        self._flight = ahead
+        return Landed(families, now)
 
 
 def _families(batch: Batch) -> list[list[Request]]:

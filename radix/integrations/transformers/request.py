@@ -130,6 +130,11 @@ class Request:
             return [self]
         return [self, *(each for fork in self.forks if not fork.is_finished for each in fork.family())]
 
+    @property
+    def num_known(self) -> int:
+        """Tokens but the newest, which has no KV yet; while it decodes, those that have."""
+        return len(self.prompt) + len(self.tokens) - 1
+
     def tokens_of_text(self) -> list[int]:
         """The generated tokens, but those that a stop text cut off `text`, in whole or in part.
 
@@ -140,18 +145,20 @@ class Request:
             tokens.pop()
         return tokens
 
-    def accept(self, token: int, now: float) -> None:
-        """Adds the next token, and decides whether it is the last."""
+    def take(self, token: int, now: float) -> None:
+        """Adds the next token, and ends with it if it is a stop token, or the last."""
         self.tokens.append(token)
-        self.draw.accept()
         if self.first_token_at is None:
             self.first_token_at = now
         if token in self.stop_tokens:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.max_new_tokens:
             self.finish_reason = "length"
+
+    def read(self) -> None:
+        """Reads the new tokens as text, where stop texts are looked for, and ends if there is one."""
         if self.watch is not None:
-            self.watch.push([token], is_last=self.is_finished)
+            self.watch.push(self.tokens[self.watch.num_tokens :], is_last=self.is_finished)
             if self.watch.stop is not None:
                 self.finish_reason = "stop"
 

@@ -75,40 +75,50 @@ class Sampling:
 
 
 class Draw:
-    """The sampling of one request: its options and its generator; raises BadValueError if they are no `Sampling`."""
+    """The sampling of one request: its options, and the numbers of its tokens.
 
-    __slots__ = ("_numbers", "random", "sampling")
+    Args:
+        sampling: the options.
+        first: how many tokens the request has already.
 
-    def __init__(self, sampling: Sampling) -> None:
+    Raises:
+        BadValueError: `sampling` is none.
+    """
+
+    __slots__ = ("_first", "_numbers", "random", "sampling")
+
+    def __init__(self, sampling: Sampling, first: int = 0) -> None:
         # Callers without type checks pass a temperature.
         given: object = sampling
         if not isinstance(given, Sampling):
             raise BadValueError(f"sampling must be a Sampling, not {given!r}")
         self.sampling = sampling
         self.random = None if sampling.is_greedy else np.random.Generator(np.random.PCG64(sampling.seed))
-        self._numbers: deque[float] = deque()  # of tokens that are still to be accepted
+        self._numbers: deque[float] = deque()
+        self._first = first  # the token of the first of these numbers
 
-    def uniform(self, nth: int = 0) -> float:
-        """The number in [0, 1) of the nth token after those accepted; 0 for a request that is greedy."""
+    def uniform(self, nth: int) -> float:
+        """The number in [0, 1) of the request's nth token, of which those before the last one are forgotten.
+
+        0 for a request that is greedy.
+        """
         if self.random is None:
             return 0.0
-        while len(self._numbers) <= nth:
+        while self._first + len(self._numbers) <= nth:
             self._numbers.append(self.random.random())
-        return self._numbers[nth]
-
-    def accept(self) -> None:
-        """A token was chosen for good."""
-        if self._numbers:
+        while self._first < nth - 1:
             self._numbers.popleft()
+            self._first += 1
+        return self._numbers[nth - self._first]
 
 
-def choose_tokens(logits: torch.Tensor, draws: Sequence[Draw], nth: int = 0) -> torch.Tensor:
+def choose_tokens(logits: torch.Tensor, draws: Sequence[Draw], nth: Sequence[int]) -> torch.Tensor:
     """A token for each row of logits [rows, vocabulary], int64 [rows] on their device; waits for nothing.
 
     Args:
         logits: in any floating dtype.
         draws: of the request of each row.
-        nth: how many tokens of each request are chosen, but not accepted yet.
+        nth: which of its tokens this is, from 0.
 
     Cost: an argmax, and for the rows that draw a softmax and a cumulated sum, with a sort where top_k or top_p is set.
     """
@@ -116,14 +126,14 @@ def choose_tokens(logits: torch.Tensor, draws: Sequence[Draw], nth: int = 0) -> 
     drawn = [i for i, draw in enumerate(draws) if draw.random is not None]
     if drawn:
         index = sent(np.array(drawn), logits.device)
-        tokens[index] = _drawn_tokens(logits[index], [draws[i] for i in drawn], nth)
+        tokens[index] = _drawn_tokens(logits[index], [draws[i] for i in drawn], [nth[i] for i in drawn])
     return tokens
 
 
-def _drawn_tokens(logits: torch.Tensor, draws: Sequence[Draw], nth: int) -> torch.Tensor:
+def _drawn_tokens(logits: torch.Tensor, draws: Sequence[Draw], nth: Sequence[int]) -> torch.Tensor:
     """A drawn token for each row, int64 [rows]."""
     options = [draw.sampling for draw in draws]
-    uniform = [draw.uniform(nth) for draw in draws]
+    uniform = [draw.uniform(n) for draw, n in zip(draws, nth, strict=True)]
     numbers = [[o.temperature, o.top_p, o.top_k or logits.shape[-1], u] for o, u in zip(options, uniform, strict=True)]
     columns = sent(np.array(numbers, dtype=np.float64), logits.device)
     temperature, top_p, top_k, number = columns.unsqueeze(-1).unbind(1)

@@ -15,12 +15,13 @@ so it always comes to its end.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from attrs import define, field
 
-from radix.tokens import TOKEN_BYTES, common_bytes
+from radix.integrations.transformers.cold_prompts import waits_for_another
 from seqattn.errors import NoPageError
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class Scheduler:
     waiting: deque[Request] = field(factory=deque)
     running: list[Request] = field(factory=list)
     is_holding: bool = False
+    #: who has begun to start
+    _starting: Request | None = None
     #: steps that may be launched ahead while what waits cannot start, as was found when it was last tried
     _patience: int = 0
 
@@ -123,8 +126,9 @@ class Scheduler:
         what waits may start when it has landed. Requests that end with it by their length are left out; those that it
         turns out to end otherwise are not.
         """
-        if self.inbox or len(self.running) > len(batch.requests):
+        if len(self.running) > len(batch.requests):  # the batch has no room for all
             return None
+        self._collect()
         pairs = [(r, size) for r, size in zip(batch.requests, batch.num_new, strict=True) if not r.is_finished]
         if not batch.decodes and any(r.forks or r.num_done + size < len(r.todo) for r, size in pairs):
             return None
@@ -147,21 +151,33 @@ class Scheduler:
         requests = [request for request in batch.requests if request in tokens]
         self.cache.amend([request.id for request in requests], [tokens[request] for request in requests])
 
-    def undo(self, batch: Batch) -> None:
-        """Takes back what a batch added to the sequences; it has failed, or is not wanted any more."""
-        for request, length in zip(batch.requests[: batch.num_decoding], batch.lens, strict=False):
-            if not request.is_finished:
-                self.cache.truncate(request.id, length)
+    def land(self, batch: Batch, tokens: dict[Request, int], now: float) -> None:
+        """The KV of a batch is written: requests and forks that begin with them take tokens, prompts are published."""
+        for request, size in zip(batch.requests, batch.num_new, strict=True):
+            if not request.is_finished:  # cancelled on the way
+                request.num_done += size
+                for each in request.family():
+                    if each in tokens:
+                        each.take(tokens[each], now)
+        prompts = zip(batch.requests, batch.num_new, strict=True)
+        for request, size in itertools.islice(prompts, batch.num_decoding, None):
+            request.num_computed_tokens += size
+            self.cache.publish(request.id, num_tokens=request.num_done)
 
-    def done(self, batch: Batch) -> None:
-        """The KV of a batch is written: publishes what it computed of prompts."""
-        for i, (request, size) in enumerate(zip(batch.requests, batch.num_new, strict=True)):
-            if request.is_finished:
-                continue
-            request.num_done += size
-            if i >= batch.num_decoding:
-                request.num_computed_tokens += size
-                self.cache.publish(request.id, num_tokens=request.num_done)
+    def take_back(self) -> None:
+        """Brings sequences to where their requests stand: what batches that have not landed added to them is gone.
+
+        So whatever an error or an interrupt has left undone, the next step computes it.
+        """
+        if self._starting is not None:
+            self._start_anew(self._starting)
+        for request in self.running:
+            known, num_prompt = request.num_known, len(request.todo)
+            # Of a prompt whose token was not taken the last row is computed again.
+            request.num_done = known if known >= num_prompt else min(request.num_done, known)
+            length = max(known, num_prompt)
+            if self._is_sequence(request) and self.cache.descriptor.num_tokens(request.id) > length:
+                self.cache.truncate(request.id, length)
 
     def _extend(self, decoding: list[Request]) -> tuple[list[Request], Growth | None]:
         """Extends what decodes by one token each, preempting the newest requests until there is room."""
@@ -187,45 +203,57 @@ class Scheduler:
     def admit(self) -> None:
         """Starts what waits, while there is room."""
         self._collect()
-        self._patience = _PATIENCE
+        self._patience = _PATIENCE  # if others wait still, they cannot start now
         if self.is_holding and self.running:
             return
-        passed: list[Request] = []
         short: NoPageError | None = None
-        # Looking further than that would cost more with every request that waits.
-        while self.waiting and len(self.running) < self.max_requests and len(passed) < self.max_requests:
-            request = self.waiting.popleft()
-            if self._waits_for_another(request):
-                passed.append(request)
+        passed = 0  # looking at more than that would cost more with every request that waits
+        while passed < min(len(self.waiting), self.max_requests) and len(self.running) < self.max_requests:
+            request = self.waiting[passed]
+            if waits_for_another(request, self.running, self.cache):
+                passed += 1
                 continue
             try:
                 self._start(request)
             except NoPageError as error:
-                passed.append(request)
+                self._starting = None
+                passed += 1
                 if self.running:
                     break
                 short = short or error
-            except BaseException:
-                self.waiting.extendleft(reversed([*passed, request]))
-                raise
-        self.waiting.extendleft(reversed(passed))
         if short is not None and not self.running:
             raise short
 
     def _collect(self) -> None:
         """Empties the inbox; others may fill it meanwhile."""
         while self.inbox:
-            self.waiting.append(self.inbox.popleft())
+            if not self.waiting or self.waiting[-1] is not self.inbox[0]:  # it is where an interrupt came
+                self.waiting.append(self.inbox[0])
+            self.inbox.popleft()
+            self._patience = 0
 
     def _start(self, request: Request) -> None:
-        """Runs a request. While nothing else does, what is only kept for later gives way to it."""
+        """Runs a request that waits. While nothing else does, what is only kept for later gives way to it."""
         todo, namespace = request.todo, request.namespace
         if not self.running:
             while not self.cache.can_start(todo, namespace=namespace) and any(let_go() for let_go in self.on_short):
                 pass
+        self._starting = request
         started = self.cache.start(request.id, todo, namespace=namespace)
         request.begin(started.num_cached_tokens)
         self.running.append(request)
+        self.waiting.remove(request)
+        self._starting = None
+
+    def _start_anew(self, request: Request) -> None:
+        """Lets a request wait whose start was interrupted."""
+        if request in self.running:
+            self.running.remove(request)
+        if self._is_sequence(request):
+            self.cache.abort(request.id)
+        if request not in self.waiting:
+            self.waiting.appendleft(request)
+        self._starting = None
 
     def fork(self, request: Request, child: Request) -> None:
         """Runs `child` from where `request` stands, if there is room; else it waits, to find what is published."""
@@ -255,42 +283,18 @@ class Scheduler:
     def end(self, request: Request) -> None:
         """Lets a request go, wherever it is; publishes what a running one has computed. Its forks wait alone."""
         if request in self.running:
-            self.cache.finish(request.id, num_tokens=request.num_done)
+            if self._is_sequence(request):
+                self.cache.finish(request.id, num_tokens=request.num_done)
             self.running.remove(request)
             self.is_holding = False
-            self._patience = 0
         else:
             self._collect()
             if request in self.waiting:
                 self.waiting.remove(request)
         self.waiting.extendleft(child for child in reversed(request.forks) if not child.is_finished)
         request.forks = []
+        self._patience = 0
 
-    # -- equal prompts -------------------------------------------------------------------------------------------------
-
-    def _waits_for_another(self, request: Request) -> bool:
-        """Whether a request that is being computed will soon publish more of this prompt than the cache has."""
-        if request.leader is not None and self._is_ahead(*request.leader):
-            return True
-        request.leader = None
-        leaders = [r for r in self.running if r.is_prefilling and r.namespace == request.namespace]
-        useful = [(self._num_useful(request, leader), leader) for leader in leaders]
-        num_useful, leader = max(useful, key=lambda pair: pair[0], default=(0, request))
-        page_size = self.cache.tree.page_size
-        if num_useful < page_size or not self._is_ahead(leader, num_useful):
-            return False
-        num_cached = self.cache.match(request.todo, namespace=request.namespace).num_tokens
-        if num_useful - num_cached >= page_size:
-            request.leader = leader, num_useful
-        return request.leader is not None
-
-    def _num_useful(self, request: Request, leader: Request) -> int:
-        """Tokens of a prompt that another's full pages will hold."""
-        page_size = self.cache.tree.page_size
-        full = leader.todo[: len(leader.todo) // page_size * page_size].tobytes()
-        return min(common_bytes(full, request.todo.tobytes()) // TOKEN_BYTES, len(request.todo) - 1)
-
-    def _is_ahead(self, leader: Request, num_tokens: int) -> bool:
-        """Whether a request is still to publish the first `num_tokens` tokens of its prompt."""
-        page_size = self.cache.tree.page_size
-        return leader.is_prefilling and leader in self.running and leader.num_done // page_size * page_size < num_tokens
+    def _is_sequence(self, request: Request) -> bool:
+        """Whether it is in the cache: not so where an interrupt came on its way in, or out."""
+        return request.id in self.cache.descriptor.seq_id_to_data

@@ -109,6 +109,11 @@ class TextStream:
         self._tokens: list[int] = []
         self._begin = self._end = 0
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far."""
+        return len(self._tokens)
+
     def push(self, tokens: Sequence[int], *, is_last: bool = False) -> None:
         """Adds tokens. What ends in an incomplete character waits for the next ones, unless these are the last."""
         num_old = len(self.text)
