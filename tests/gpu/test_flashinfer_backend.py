@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -142,6 +144,35 @@ def test_plans_may_follow_one_another_while_the_device_lags() -> None:
         outs.append(attention.run(q))
     for batch, q, out in zip(batches, queries, outs, strict=True):
         assert relative_error(out, attend(manager, batch, q)[0]) < 1e-2
+
+
+@pytest.mark.parametrize("data", [plain, hybrid])
+@pytest.mark.parametrize(
+    ("heads", "num_pages"), [((32, 8), 40), ((32, 8), 3), ((8, 8), 20)], ids=["long lists", "short lists", "CUDA cores"]
+)
+def test_plans_of_batches_of_one_size_are_repeated(
+    data: Callable[[Batch], FlashInferPackedData | FlashInferHybridData], heads: tuple[int, int], num_pages: int
+) -> None:
+    """Other pages and lengths with each plan; both sets of wrappers, with the log-sum-exp and without."""
+    rng = np.random.default_rng(3)
+    batches = []
+    for _ in range(9):
+        pages, shared = rng.permutation(30 * num_pages), num_pages // 2
+        own = [rng.integers(1, num_pages - shared + 1) for _ in range(24)]
+        tables = [[*range(shared), *(shared + pages[i * num_pages :][: own[i]])] for i in range(24)]
+        batches.append(batch_of(tables, rng.integers(1, 17, 24).tolist(), 16, [1] * 24))
+    largest = max(batches, key=lambda batch: max(int(table.max()) for table in batch.tables))
+    manager = Case(*heads, 128, 16, torch.bfloat16).manager(largest)
+    generator = fill(manager, 0)
+    attention = PagedAttention(manager, heads[0])
+    for batch in batches:
+        attention.plan(data(batch))
+        check(attention, batch, generator)
+    impl: Any = attention._impl
+    wrappers = [each for found in impl.sets for kind in found._by_kind.values() for each in kind]
+    decoding = [wrapper for wrapper in wrappers if wrapper.replans is not None]
+    assert len(decoding) >= 2
+    assert all(wrapper.replans.is_repeated for wrapper in decoding), "or flashinfer keeps its arrays elsewhere"
 
 
 def test_a_plan_that_fails_leaves_the_plan_before() -> None:

@@ -71,8 +71,8 @@ def running(
 
 def expect(*requests: Request) -> None:
     for request in requests:
-        want = generated("Llama", request.prompt.tolist(), 30)
-        assert request.tokens == want[: len(request.tokens)]
+        assert request.tokens
+        assert request.tokens == generated("Llama", request.prompt.tolist(), len(request.tokens))
 
 
 def test_the_newest_token_of_a_sequence_is_that_of_its_request() -> None:
@@ -89,11 +89,11 @@ def test_the_newest_token_of_a_sequence_is_that_of_its_request() -> None:
 
 def test_who_is_cancelled_on_the_way_gets_nothing_more() -> None:
     engine, requests = running()
-    before = requests[0].tokens[:]
+    before, num_done = requests[0].tokens[:], requests[0].num_done
     engine.cancel(requests[0])
     assert engine.cache.match(requests[0].prompt).num_tokens == len(requests[0].prompt)
     assert engine.step() == requests[1:]
-    assert requests[0].tokens == before
+    assert (requests[0].tokens, requests[0].num_done) == (before, num_done)
     engine.wait(requests)
     expect(*requests)
     check_all_free(engine)
@@ -242,19 +242,19 @@ def test_a_prompt_whose_token_cannot_be_read_stays_as_it_was(monkeypatch: pytest
 def test_what_waits_and_cannot_start_holds_nothing_up() -> None:
     """Steps go ahead while there are no pages for who waits; it is tried again when one has ended, and now and then."""
     for ends in (False, True):
-        engine, requests = running(2, num_pages=40)
+        engine, requests = running(2, num_pages=60, most=100)
         manager = engine.cache.manager
         held = manager.allocate(manager.available_pages_count - 7)
-        late = engine.submit(prompt(70, 60), max_new_tokens=4, stop_tokens=())
-        begin = engine.steps.num_ahead
-        for _ in range(20):
+        late = engine.submit(prompt(70, 120), max_new_tokens=4, stop_tokens=())
+        begin, num_steps = engine.steps.num_ahead, 36
+        for _ in range(num_steps):
             engine.step()
         assert not late.tokens
-        assert 17 <= engine.steps.num_ahead - begin < 20, "in between it is tried again"
+        assert num_steps - (engine.steps.num_ahead - begin) == 3, "when it came, and every 17 steps after that"
         manager.unref(held)
         if ends:
             engine.cancel(requests[0])
-        for _ in range(2 if ends else 17):
+        for _ in range(2 if ends else 19):
             if not late.tokens:
                 engine.step()
         assert late.tokens
@@ -262,6 +262,51 @@ def test_what_waits_and_cannot_start_holds_nothing_up() -> None:
         assert late.tokens == generated("Llama", late.prompt.tolist(), 4)
         expect(*requests)
         check_all_free(engine)
+
+
+def test_who_waits_for_a_place_gets_it_with_the_step_after_one_has_ended() -> None:
+    engine, requests = running(3, most=12, max_requests=3)
+    late = engine.submit(prompt(70, 12), max_new_tokens=4, stop_tokens=())
+    begin, num_steps = engine.steps.num_ahead, 0
+    while not any(request.is_finished for request in requests):
+        engine.step()
+        num_steps += 1
+    assert engine.steps.num_ahead - begin == num_steps - 1, "nothing but the last step waited for what it ended"
+    assert not late.tokens
+    engine.step()
+    assert late.tokens
+    engine.wait([*requests, late])
+    expect(*requests)
+
+
+def test_a_cancelled_request_lets_those_behind_it_be_tried() -> None:
+    engine, requests = running(2, num_pages=60, most=60)
+    manager = engine.cache.manager
+    held = manager.allocate(manager.available_pages_count - 12)
+    first, second = (engine.submit(prompt(70 + i, 150 - 140 * i), max_new_tokens=4) for i in range(2))
+    engine.step()
+    engine.step()
+    assert not second.tokens, "it waits its turn"
+    engine.cancel(first)
+    engine.step()
+    engine.step()
+    assert second.tokens
+    engine.wait([*requests, second])
+    manager.unref(held)
+    expect(*requests)
+
+
+def test_steps_without_room_for_all_prompts_are_computed_one_by_one() -> None:
+    """The second prompt has no row in the step that ends the first: it is not left out of the one after."""
+    engine = engine_for(run_ahead=True, max_requests=2, max_tokens_per_step=8)
+    requests = [engine.submit(prompt(i, 8), max_new_tokens=30, stop_tokens=()) for i in range(2)]
+    engine.step()
+    assert requests[0].tokens
+    engine.step()
+    engine.step()
+    assert requests[1].tokens
+    engine.wait(requests)
+    expect(*requests)
 
 
 def test_without_pages_for_one_step_more_it_is_not_launched() -> None:

@@ -1,4 +1,4 @@
-"""Interrupts anywhere in a step, as by Ctrl-C in a notebook: the steps after it give the answers that there would be."""
+"""Interrupts anywhere in a step, as by Ctrl-C in a notebook: the steps after it give the answers of a run without."""
 
 from __future__ import annotations
 

@@ -33,13 +33,15 @@ def expect_right(request: Request) -> None:
     assert request.tokens == want[:have], f"{request.id} {request.finish_reason}"
 
 
-def step_that_fails(engine: Engine, *, is_late: bool) -> None:
-    """A step whose forward ends in an error, after it has written what it computed; or whose tokens cannot be read."""
-    forward, num_failed = engine.runner.forward, 0
+def step_that_fails(engine: Engine, *, is_late: bool, at: int) -> None:
+    """A step whose nth forward ends in an error, after it has computed all; or whose tokens cannot be read."""
+    forward, num_failed, num_calls = engine.runner.forward, 0, 0
 
     def fails(step: Step | GraphStep) -> torch.Tensor:
-        nonlocal num_failed
-        forward(step)
+        nonlocal num_failed, num_calls
+        logits, num_calls = forward(step), num_calls + 1
+        if num_calls < at:
+            return logits
         num_failed += 1
         raise RuntimeError("out of memory")
 
@@ -109,7 +111,7 @@ def test_every_answer_of_a_random_life_is_right_and_no_page_is_lost(
         elif action == "evict":
             engine.cache.evict(3)
         elif action == "fail":
-            step_that_fails(engine, is_late=bool(random.integers(2)))
+            step_that_fails(engine, is_late=bool(random.integers(2)), at=int(random.integers(1, 3)))
         else:
             engine.step()
         engine.cache.check()

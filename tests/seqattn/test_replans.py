@@ -13,6 +13,8 @@ import torch
 from seqattn.attention.bound import BoundRun
 from seqattn.attention.calls import KernelCall
 from seqattn.attention.wrapper import Wrapper
+from seqattn.attention.wrapper_set import WrapperSet
+from seqattn.cache import PagedKVCacheManager
 
 PAGE_SIZE = 16
 
@@ -20,12 +22,14 @@ PAGE_SIZE = 16
 class Stand:
     """Plans and runs as a decode wrapper of flashinfer does: its kernels are loaded with its first plan."""
 
-    def __init__(self, *, copies_pages: bool = False, doubles: bool = False) -> None:
+    def __init__(self, *, copies_pages: bool = False, doubles: bool = False, keeps_last: bool = True) -> None:
         self.num_plans = self.num_runs = 0
         self.scheduled: list[list[list[int]]] = []
         self.ran: list[list[list[int]]] = []
         self.fails = False
         self._how = (copies_pages, doubles)
+        self._keeps_last = keeps_last
+        self.workspaces: list[Any] = []
         self._cached_module: Any = None
         self._qo_indptr_buf = self._paged_kv_indptr_buf = self._paged_kv_indices_buf = torch.zeros(0)
         self._paged_kv_last_page_len_buf, self._plan_info = torch.zeros(0), None
@@ -36,6 +40,8 @@ class Stand:
         self._qo_indptr_buf = torch.arange(len(indptr))
         self._paged_kv_indptr_buf, self._paged_kv_last_page_len_buf = indptr.clone(), last.clone()
         self._paged_kv_indices_buf = pages.clone() if self._how[0] else pages
+        if not self._keeps_last:
+            self._last, self._paged_kv_last_page_len_buf = self._paged_kv_last_page_len_buf, None  # type: ignore[assignment]
         self._plan_info = self._cached_module.plan("workspace", indptr, seq_lens, len(last))
 
     def _schedule(self, _: str, indptr: torch.Tensor, lengths: torch.Tensor, batch_size: int) -> Any:  # noqa: ANN401  opaque
@@ -56,7 +62,8 @@ class Stand:
     ) -> None:
         self.num_runs += 1
         assert return_lse == (lse is not None)
-        tables = (self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf)
+        last = self._paged_kv_last_page_len_buf if self._keeps_last else self._last
+        tables = (self._paged_kv_indptr_buf, self._paged_kv_indices_buf, last)
         more = (self._plan_info,) if self._how[1] else ()
         self._cached_module.run(self._plan_info, *more, q, *caches, self._qo_indptr_buf, *tables, out, lse)
 
@@ -65,6 +72,9 @@ class Stand:
         assert len(qo_indptr) == len(indptr) == len(last) + 1
         self.ran.append([info.lengths, indptr.tolist(), pages.tolist(), last.tolist()])
         out.fill_(1.0)
+
+    def reset_workspace_buffer(self, *workspaces: Any) -> None:  # noqa: ANN401  tensors
+        self.workspaces = list(workspaces)
 
 
 def call_of(*num_tokens: int, seed: int = 0) -> KernelCall:
@@ -134,14 +144,16 @@ def test_a_batch_of_another_size_is_planned_by_the_wrapper() -> None:
         assert wrapper.made.num_plans == 3 + 2 * round_
 
 
-def test_new_workspaces_are_for_new_plans() -> None:
-    wrapper = Wrapper(Stand(), 0, 0)
-    for number, call in enumerate(growing(9)):
-        if number == 5:  # as `WrapperSet.sized` does
-            wrapper.begin()
-            wrapper.replans = None
+def test_new_workspaces_are_for_new_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WrapperSet, "_make", lambda *_: Stand())
+    wrappers = WrapperSet(PagedKVCacheManager(4, PAGE_SIZE, 8, 128, torch.bfloat16, "cpu"), 32, 132, {})
+    sizes = iter([(32 << 20, 0)] * 5 + [(48 << 20, 9 << 20)] * 4)
+    monkeypatch.setattr(WrapperSet, "_workspace_sizes", lambda *_: next(sizes))
+    for call in growing(9):
+        wrapper = wrappers.sized(call, 0, 0)
         expect(wrapper, call)
     assert wrapper.made.num_plans == 3
+    assert [len(workspace) for workspace in wrapper.made.workspaces] == [48 << 20, 9 << 20]
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 5])
@@ -162,6 +174,13 @@ def test_nothing_is_planned_after_a_plan_that_failed(at: int) -> None:
 
 def test_a_wrapper_that_copies_its_pages_makes_every_plan() -> None:
     wrapper = Wrapper(Stand(copies_pages=True), 0, 0)
+    for call in growing(6):
+        expect(wrapper, call)
+    assert wrapper.made.num_plans == 6
+
+
+def test_a_wrapper_that_keeps_its_arrays_elsewhere_makes_every_plan() -> None:
+    wrapper = Wrapper(Stand(keeps_last=False), 0, 0)
     for call in growing(6):
         expect(wrapper, call)
     assert wrapper.made.num_plans == 6

@@ -146,14 +146,19 @@ class Request:
         return tokens
 
     def take(self, token: int, now: float) -> None:
-        """Adds the next token, and ends with it if it is a stop token, or the last."""
+        """Adds the next token."""
         self.tokens.append(token)
         if self.first_token_at is None:
             self.first_token_at = now
-        if token in self.stop_tokens:
-            self.finish_reason = "stop"
-        elif len(self.tokens) >= self.max_new_tokens:
-            self.finish_reason = "length"
+        self.settle()
+
+    def settle(self) -> None:
+        """Ends with the newest token if it is a stop token, or the last."""
+        if self.tokens and self.finish_reason is None:
+            if self.tokens[-1] in self.stop_tokens:
+                self.finish_reason = "stop"
+            elif len(self.tokens) >= self.max_new_tokens:
+                self.finish_reason = "length"
 
     def read(self) -> None:
         """Reads the new tokens as text, where stop texts are looked for, and ends if there is one."""

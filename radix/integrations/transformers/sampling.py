@@ -9,7 +9,6 @@ since it failed or was taken back, chooses by the same one.
 from __future__ import annotations
 
 import math
-from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,9 +22,13 @@ from seqattn.errors import BadValueError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy.typing as npt
     from attrs import Attribute
 
 __all__ = ["Draw", "Sampling", "choose_tokens"]
+
+#: numbers that are made at a time
+_BLOCK = 64
 
 
 def _temperature(_: object, __: Attribute[float], value: float) -> None:
@@ -85,7 +88,7 @@ class Draw:
         BadValueError: `sampling` is none.
     """
 
-    __slots__ = ("_first", "_numbers", "random", "sampling")
+    __slots__ = ("_block", "_first", "sampling")
 
     def __init__(self, sampling: Sampling, first: int = 0) -> None:
         # Callers without type checks pass a temperature.
@@ -93,23 +96,17 @@ class Draw:
         if not isinstance(given, Sampling):
             raise BadValueError(f"sampling must be a Sampling, not {given!r}")
         self.sampling = sampling
-        self.random = None if sampling.is_greedy else np.random.Generator(np.random.PCG64(sampling.seed))
-        self._numbers: deque[float] = deque()
-        self._first = first  # the token of the first of these numbers
+        self._first = first
+        self._block: tuple[int, npt.NDArray[np.float64]] | None = None
 
     def uniform(self, nth: int) -> float:
-        """The number in [0, 1) of the request's nth token, of which those before the last one are forgotten.
-
-        0 for a request that is greedy.
-        """
-        if self.random is None:
-            return 0.0
-        while self._first + len(self._numbers) <= nth:
-            self._numbers.append(self.random.random())
-        while self._first < nth - 1:
-            self._numbers.popleft()
-            self._first += 1
-        return self._numbers[nth - self._first]
+        """The number in [0, 1) of the request's nth token: the same whenever and after whatever it is asked for."""
+        number, place = divmod(nth - self._first, _BLOCK)
+        block = self._block
+        if block is None or block[0] != number:
+            generator = np.random.PCG64(self.sampling.seed)
+            self._block = block = number, np.random.Generator(generator.advance(number * _BLOCK)).random(_BLOCK)
+        return block[1].item(place)
 
 
 def choose_tokens(logits: torch.Tensor, draws: Sequence[Draw], nth: Sequence[int]) -> torch.Tensor:
@@ -123,7 +120,7 @@ def choose_tokens(logits: torch.Tensor, draws: Sequence[Draw], nth: Sequence[int
     Cost: an argmax, and for the rows that draw a softmax and a cumulated sum, with a sort where top_k or top_p is set.
     """
     tokens = logits.argmax(dim=-1)
-    drawn = [i for i, draw in enumerate(draws) if draw.random is not None]
+    drawn = [i for i, draw in enumerate(draws) if not draw.sampling.is_greedy]
     if drawn:
         index = sent(np.array(drawn), logits.device)
         tokens[index] = _drawn_tokens(logits[index], [draws[i] for i in drawn], [nth[i] for i in drawn])

@@ -165,13 +165,11 @@ class Scheduler:
             self.cache.publish(request.id, num_tokens=request.num_done)
 
     def take_back(self) -> None:
-        """Brings sequences to where their requests stand: what batches that have not landed added to them is gone.
-
-        So whatever an error or an interrupt has left undone, the next step computes it.
-        """
+        """Brings sequences to where their requests stand; whatever an error has left undone, the next step computes."""
         if self._starting is not None:
             self._start_anew(self._starting)
         for request in self.running:
+            request.settle()
             known, num_prompt = request.num_known, len(request.todo)
             # Of a prompt whose token was not taken the last row is computed again.
             request.num_done = known if known >= num_prompt else min(request.num_done, known)
