@@ -244,7 +244,7 @@ def test_what_waits_and_cannot_start_holds_nothing_up() -> None:
     for ends in (False, True):
         engine, requests = running(2, num_pages=60, most=100)
         manager = engine.cache.manager
-        held = manager.allocate(manager.available_pages_count - 7)
+        held = manager.allocate(manager.available_pages_count - 12)
         late = engine.submit(prompt(70, 120), max_new_tokens=4, stop_tokens=())
         begin, num_steps = engine.steps.num_ahead, 36
         for _ in range(num_steps):
