@@ -11,6 +11,8 @@ offsets reaches it:
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ from attrs import define
 from seqattn.errors import TensorError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from seqattn.kernels import Launcher
@@ -42,6 +46,8 @@ __all__ = [
 #: what the kernel is compiled for
 _HEAD_DIMS = (64, 128, 256, 512)
 _DTYPES = (torch.float16, torch.bfloat16)
+#: what the kernel calls a layout
+_LAYOUTS = {"NHD": 0, "HND": 1}
 #: a dtype of equal width that every torch operation on indices supports
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -119,22 +125,31 @@ def write_rows(
     kv_layout: str,
 ) -> None:
     """Writes row i of `keys` and `values` ([n, heads, head_dim], the caches' dtype) where the tables say."""
-    from flashinfer.page import append_paged_kv_cache
-
     if not len(keys):
         return
-    with torch.cuda.device(keys.device):
-        append_paged_kv_cache(
-            side_by_side(keys),
-            side_by_side(values),
-            tables.sequences,
-            tables.positions,
-            caches,
-            tables.indices,
-            tables.indptr,
-            tables.last_page_len,
-            kv_layout=kv_layout,
-        )
+    rows = (side_by_side(keys), side_by_side(values), tables.sequences, tables.positions)
+    pages = (tables.indices, tables.indptr, tables.last_page_len)
+    kernel = _kernel()
+    # A guard of the device takes longer than to see that there is no need of one.
+    with nullcontext() if torch.cuda.current_device() == keys.device.index else torch.cuda.device(keys.device):
+        if kernel is not None:
+            kernel(*rows, *caches, *pages, _LAYOUTS[kv_layout])
+        else:
+            from flashinfer.page import append_paged_kv_cache
+
+            append_paged_kv_cache(*rows, caches, *pages, kv_layout=kv_layout)
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> Callable[..., object] | None:
+    """The compiled function behind flashinfer's `append_paged_kv_cache`, without torch's operator in between.
+
+    None where this version has it elsewhere.
+    """
+    from flashinfer import page
+
+    load = getattr(page, "get_page_module", None)
+    return None if load is None else getattr(load(), "append_paged_kv_cache", None)
 
 
 def write_places(

@@ -87,6 +87,7 @@ class PagedKVCacheManager(PageAllocator):
         #: the tail of the last append, and its tables on the device: one step writes it once for each layer
         self._tail: Tail | None = None
         self._tables: AppendTables | tuple[torch.Tensor, torch.Tensor] | None = None
+        self._views: tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
         self._has_append = can_append(self.key_cache, self.head_dim, self.page_size)
         self._launcher: Launcher | None = None
         self._has_copy = self.device.type == "cuda" and find_spec("triton") is not None
@@ -106,6 +107,13 @@ class PagedKVCacheManager(PageAllocator):
         if self.num_layers == 1:
             return self.key_cache, self.value_cache
         return self.key_cache[layer], self.value_cache[layer]
+
+    def _views_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`layer_tensors`, made once while the memory is the same."""
+        if self._views is None or self._views[0] is not self.key_cache or self._views[1] is not self.value_cache:
+            self._views = self.key_cache, self.value_cache, [self.layer_tensors(i) for i in range(self.num_layers)]
+        views = self._views[2]
+        return views[layer] if type(layer) is int and 0 <= layer < len(views) else self.layer_tensors(layer)
 
     def append_kv(
         self,
@@ -138,7 +146,7 @@ class PagedKVCacheManager(PageAllocator):
         device, once a step: layers after the first that are given the same packed data skip this. Then one scatter each
         for keys and values; on CUDA with flashinfer one kernel for both.
         """
-        caches = self.layer_tensors(layer)
+        caches = self._views_of(layer)
         tail = self._check_append(keys, values, flashinfer_data, append_indptr_cpu)
         self.check_writable(tail.written_pages, checked=tail is self._tail)
         if tail is not self._tail:

@@ -148,7 +148,7 @@ def test_plans_may_follow_one_another_while_the_device_lags() -> None:
 
 @pytest.mark.parametrize("data", [plain, hybrid])
 @pytest.mark.parametrize(
-    ("heads", "num_pages"), [((32, 8), 40), ((32, 8), 3), ((8, 8), 20)], ids=["long lists", "short lists", "CUDA cores"]
+    ("heads", "num_pages"), [((32, 8), 80), ((32, 8), 3), ((8, 8), 20)], ids=["long lists", "short lists", "CUDA cores"]
 )
 def test_plans_of_batches_of_one_size_are_repeated(
     data: Callable[[Batch], FlashInferPackedData | FlashInferHybridData], heads: tuple[int, int], num_pages: int
