@@ -109,7 +109,7 @@ def test_what_the_planner_chooses_was_near_the_best_that_was_measured(shape: Rec
     choices = shape.row["choices"]
     assert choices[shape.chosen] <= 1.02 * choices["plain"], "levels never lose to plain attention"
     assert shape.loss <= LOSSES.get(shape.row["name"], 0.05), f"{shape.chosen} of {choices}"
-    assert shape.predicted[shape.chosen] == pytest.approx(choices[shape.chosen], rel=0.22)
+    assert shape.predicted[shape.chosen] == pytest.approx(choices[shape.chosen], rel=0.24)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.row["id"])
