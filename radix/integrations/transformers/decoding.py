@@ -108,6 +108,7 @@ class Decoder:
         self._model = model
         self.whole = whole
         self.layers = layers
+        self._takes_prompts = True
 
     def forward(self, step: GraphStep) -> torch.Tensor:
         """Logits [requests, vocabulary], in memory that the next step may overwrite; writes the KV of the new tokens.
@@ -126,20 +127,24 @@ class Decoder:
     @property
     def most_rows(self) -> int:
         """Of a step with prompts that may be computed by a graph; 0 if none may."""
-        return 0 if self.whole is None or not self.whole.captures else self.whole.batch_sizes[-1]
+        can = self.whole is not None and self.whole.captures and self._takes_prompts
+        return self.whole.batch_sizes[-1] if can and self.whole is not None else 0
 
     def forward_prompts(self, step: GraphStep) -> torch.Tensor | None:
         """Logits of the last rows of a step with prompts; None if there is no graph for it, or not yet.
 
-        Raises:
-            CaptureError: as `forward`.
+        After a capture that failed, of which one logged line tells, there is none any more.
         """
         if self.whole is None:
             return None
         try:
             logits = self.whole.replay_if_captured(step.data, step.tokens, step.positions)
         except CaptureError as error:
-            self._give_up(error)
+            if self.layers is not None and not self.whole.num_captures:
+                self._give_up(error)
+            else:  # of this form: out of memory, say
+                self._takes_prompts = False
+                _log.warning("prompts are computed without graphs from now on: %s", error)
             return None
         return logits if logits is None or step.last_rows is None else logits[step.last_rows]
 

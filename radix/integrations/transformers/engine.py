@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from radix.cache import PrefixCache
 from radix.integrations.transformers.flight import Steps
+from radix.integrations.transformers.mending import gather
 from radix.integrations.transformers.model import manager_for
 from radix.integrations.transformers.reader import Reader
 from radix.integrations.transformers.request import Options, Piece, Request
@@ -147,6 +148,7 @@ class Engine:
         ahead = self.shape.device.type == "cuda" if run_ahead is None else run_ahead
         self.steps = Steps(runner, self.scheduler, clock, run_ahead=ahead)
         self._lock = threading.RLock()
+        self._is_torn = False
         self._count = itertools.count()
         self._open: dict[Hashable, Request] = {}
 
@@ -291,9 +293,11 @@ class Engine:
         Cost: the model's forward, and on the host O(rows + pages + requests).
         """
         with self._lock:
-            for request in [request for request in self.scheduler.running if request.is_finished]:
-                self._end(request, self.clock())  # an interrupt came before
-            return self._accept(self.steps.next())
+            self._mend()
+            self._is_torn = True
+            requests = self._accept(self.steps.next())
+            self._is_torn = False
+            return requests
 
     def cancel(self, request: Request) -> None:
         """Ends a request now; what it has computed is published. Nothing happens if it is finished.
@@ -305,6 +309,8 @@ class Engine:
             if not request.is_finished:
                 self._refuse_foreign(request)
                 request.finish_reason = "cancelled"
+                self._end(request, self.clock())
+            elif request in self.scheduler.running:  # an interrupt came before
                 self._end(request, self.clock())
 
     def fork(self, request: Request, *, sampling: Sampling) -> Request:
@@ -339,6 +345,7 @@ class Engine:
     def close(self) -> None:
         """Cancels everything, and gives the model the attention that it had before."""
         with self._lock:
+            self._mend()
             scheduler = self.scheduler
             while scheduler.inbox or scheduler.waiting or scheduler.running:
                 for request in (*scheduler.inbox, *scheduler.waiting, *scheduler.running):
@@ -419,6 +426,15 @@ class Engine:
         if errors:
             raise errors[0]
         return requests
+
+    def _mend(self) -> None:
+        """After a step that did not come to its end: every open request is in its place again."""
+        if self._is_torn:
+            self.steps.drop()
+            for request in gather(self.scheduler, self._open.values()):
+                request.read()
+                self._end(request, self.clock())
+            self._is_torn = False
 
     def _end(self, request: Request, now: float) -> None:
         request.finished_at = now

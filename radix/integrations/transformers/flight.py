@@ -119,8 +119,8 @@ class Steps:
             ahead = self._launch_after(flight) if self.run_ahead and not self._has_failed else None
             landed = self._land(flight, ahead)
         except BaseException:
-            self.drop()
             self._has_failed = True
+            self.drop()
             raise
         self._has_failed = False
         return landed

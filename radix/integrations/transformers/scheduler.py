@@ -174,7 +174,7 @@ class Scheduler:
             # Of a prompt whose token was not taken the last row is computed again.
             request.num_done = known if known >= num_prompt else min(request.num_done, known)
             length = max(known, num_prompt)
-            if self._is_sequence(request) and self.cache.descriptor.num_tokens(request.id) > length:
+            if self.is_sequence(request) and self.cache.descriptor.num_tokens(request.id) > length:
                 self.cache.truncate(request.id, length)
 
     def _extend(self, decoding: list[Request]) -> tuple[list[Request], Growth | None]:
@@ -236,6 +236,7 @@ class Scheduler:
         if not self.running:
             while not self.cache.can_start(todo, namespace=namespace) and any(let_go() for let_go in self.on_short):
                 pass
+        self.cache.descriptor.refuse_running(request.id)  # it would be somebody else's
         self._starting = request
         started = self.cache.start(request.id, todo, namespace=namespace)
         request.begin(started.num_cached_tokens)
@@ -247,7 +248,7 @@ class Scheduler:
         """Lets a request wait whose start was interrupted."""
         if request in self.running:
             self.running.remove(request)
-        if self._is_sequence(request):
+        if self.is_sequence(request):
             self.cache.abort(request.id)
         if request not in self.waiting:
             self.waiting.appendleft(request)
@@ -281,7 +282,7 @@ class Scheduler:
     def end(self, request: Request) -> None:
         """Lets a request go, wherever it is; publishes what a running one has computed. Its forks wait alone."""
         if request in self.running:
-            if self._is_sequence(request):
+            if self.is_sequence(request):
                 self.cache.finish(request.id, num_tokens=request.num_done)
             self.running.remove(request)
             self.is_holding = False
@@ -293,6 +294,6 @@ class Scheduler:
         request.forks = []
         self._patience = 0
 
-    def _is_sequence(self, request: Request) -> bool:
+    def is_sequence(self, request: Request) -> bool:
         """Whether it is in the cache: not so where an interrupt came on its way in, or out."""
         return request.id in self.cache.descriptor.seq_id_to_data
