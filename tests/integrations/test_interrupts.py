@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from radix.integrations.transformers import Engine, Request, Sampling
 from radix.integrations.transformers import flight as flights
+from seqattn import DuplicateSequenceError
 from tests.integrations.models import check_all_free, engine_for, generated, prompt
 
 pytest.importorskip("transformers", reason="needs the extra chat")
@@ -83,3 +85,75 @@ def test_nothing_is_lost_wherever_an_interrupt_comes(num_steps: int, run_ahead: 
         check_all_free(engine)
         nth += STRIDE
     assert nth > 200
+
+
+class Once:
+    """A method that raises KeyboardInterrupt at its first call, before or after what it does."""
+
+    def __init__(self, method: Any, *, after: bool) -> None:  # noqa: ANN401  any
+        self.method, self.after, self.is_done = method, after, False
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401  whatever it takes
+        if self.is_done:
+            return self.method(*arguments, **named)
+        self.is_done = True
+        if self.after:
+            self.method(*arguments, **named)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("what", ["abort", "publish", "finish", "fork", "start", "extend", "truncate"])
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_forks_and_preempted_requests_are_not_lost_in_calls_of_the_cache(
+    what: str, after: bool, run_ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_for(run_ahead=run_ahead, num_pages=9)
+    first = engine.submit(SYSTEM, max_new_tokens=20, stop_tokens=())
+    requests = [first, *(engine.fork(first, sampling=Sampling()) for _ in range(2))]
+    requests.append(engine.submit(prompt(70, 9), max_new_tokens=20, stop_tokens=()))
+    once = Once(getattr(engine.cache, what), after=after)
+    monkeypatch.setattr(engine.cache, what, once)
+    for _ in range(400):
+        if all(request.is_finished for request in requests):
+            break
+        with suppress(KeyboardInterrupt):
+            engine.step()
+    engine.step()  # lets go of what an interrupt came before
+    for request in requests:
+        assert request.tokens == generated("Llama", request.prompt.tolist(), 20)
+    assert once.is_done or what == "truncate"
+    check_all_free(engine)
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_an_engine_is_closed_after_an_interrupt_at_the_last_token(
+    run_ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, requests = started(run_ahead=run_ahead)
+    once = Once(Request.read, after=False)
+    monkeypatch.setattr(Request, "read", lambda request: once(request))  # noqa: PLW0108  a method binds
+    options = {"max_new_tokens": 1, "stop_tokens": ()}
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([prompt(5, 4)], **options)  # type: ignore[arg-type]
+    monkeypatch.setattr(engine.cache, "finish", Once(engine.cache.finish, after=True))
+    with pytest.raises(KeyboardInterrupt):
+        engine.wait(requests)
+    engine.close()
+    assert all(request.is_finished for request in requests)
+    check_all_free(engine)
+
+
+def test_an_id_that_runs_elsewhere_is_left_alone() -> None:
+    engine = engine_for()
+    engine.cache.start("x", prompt(1, 9))
+    other = engine_for()
+    other_request = engine.submit(prompt(2, 5), max_new_tokens=2, stop_tokens=(), request_id="y")
+    engine.cache.start("y", prompt(3, 9))
+    with pytest.raises(DuplicateSequenceError):
+        engine.step()
+    assert engine.cache.descriptor.num_tokens("y") == 9
+    engine.cache.abort("y")
+    engine.wait([other_request])
+    assert other_request.tokens == generated("Llama", prompt(2, 5), 2)
+    other.close()
