@@ -438,8 +438,8 @@ class Engine:
 
     def _end(self, request: Request, now: float) -> None:
         request.finished_at = now
-        self._open.pop(request.id, None)
         self.scheduler.end(request)
+        self._open.pop(request.id, None)
         self.steps.forget_finished()
 
 
