@@ -14,6 +14,7 @@ from radix.integrations.transformers.packing import pack_rows
 from radix.integrations.transformers.scheduler import Batch
 from seqattn import CostModel, PageAllocator
 from seqattn.attention.graphs import DecodeGraphs
+from seqattn.errors import CaptureError
 from seqattn.hybrid import check_hybrid
 from tests.integrations.models import KINDS, check_all_free, engine_for, generated, prompt
 
@@ -162,3 +163,21 @@ def test_a_batch_of_rows_is_what_the_scheduler_made(monkeypatch: pytest.MonkeyPa
     engine.wait([request])
     assert [(batch.num_new, batch.num_decoding) for batch in seen] == [([12], 0)]
     expect(request)
+
+
+def test_prompts_go_on_without_graphs_after_a_capture_that_failed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:  # noqa: ANN401  whatever `replay_if_captured` takes
+        raise CaptureError("LlamaForCausalLM", "OutOfMemoryError: no memory")
+
+    monkeypatch.setattr(DecodeGraphs, "replay_if_captured", fails)
+    engine = engine_of()
+    with caplog.at_level("WARNING", logger="radix"):
+        requests = [engine.generate([prompt(5 + i, 9)], max_new_tokens=6)[0] for i in range(3)]
+    expect(*requests)
+    assert len(caplog.records) == 1
+    assert "prompts are computed without graphs from now on" in caplog.text
+    assert engine.runner.decoder is not None
+    assert engine.runner.decoder.most_rows == 0
+    check_all_free(engine)
