@@ -121,8 +121,8 @@ def _as_array(tokens: Tokens) -> npt.NDArray[Any]:
     try:
         # A torch tensor may lie on another device, or be a lazy view.
         ids: npt.NDArray[Any] = np.asarray(given.numpy(force=True) if hasattr(given, "detach") else given)
-    # In this order: lists of different lengths, a tensor without a numpy form (sparse), one without values (on the
-    # device "meta"). Integers of any size become an array of objects, which is refused with the value.
+    # numpy raises ValueError for lists of different lengths, torch TypeError for a tensor without a numpy form (sparse)
+    # and NotImplementedError for one without values (on the device "meta"): none of them is a list of token ids.
     except (ValueError, TypeError, NotImplementedError) as error:
         raise TokenError(f"token ids must be a flat list of integers in [0, 2**31): {error}") from None
     if isinstance(tokens, (list, tuple)) and ids.ndim == 1 and ids.dtype.kind in "iu":

@@ -87,7 +87,8 @@ class PagedKVCacheManager(PageAllocator):
         #: the tail of the last append, and its tables on the device: one step writes it once for each layer
         self._tail: Tail | None = None
         self._tables: AppendTables | tuple[torch.Tensor, torch.Tensor] | None = None
-        self._views: tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+        self._views: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._views_of: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         self._has_append = can_append(self.key_cache, self.head_dim, self.page_size)
         self._launcher: Launcher | None = None
         self._has_copy = self.device.type == "cuda" and find_spec("triton") is not None
@@ -97,23 +98,23 @@ class PagedKVCacheManager(PageAllocator):
         return self.key_cache, self.value_cache
 
     def layer_tensors(self, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer, 4 axes in the manager's own layout; views.
+        """Keys and values of one layer, 4 axes in the manager's own layout; the same views each time.
 
         Raises:
             LengthError: `layer` is not in [0, num_layers).
         """
+        views, of = self._views, self._views_of
+        if of[0] is not self.key_cache or of[1] is not self.value_cache:  # the memory is another
+            views = self._views = list(zip(*map(self._layers, (self.key_cache, self.value_cache)), strict=True))
+            self._views_of = self.get_memory_tensors()
+        if type(layer) is int and 0 <= layer < len(views):
+            return views[layer]
         if as_count("layer", layer) >= self.num_layers:
             raise LengthError(f"layer {layer} is not in [0, {self.num_layers})")
-        if self.num_layers == 1:
-            return self.key_cache, self.value_cache
-        return self.key_cache[layer], self.value_cache[layer]
+        return views[int(layer)]
 
-    def _views_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`layer_tensors`, made once while the memory is the same."""
-        if self._views is None or self._views[0] is not self.key_cache or self._views[1] is not self.value_cache:
-            self._views = self.key_cache, self.value_cache, [self.layer_tensors(i) for i in range(self.num_layers)]
-        views = self._views[2]
-        return views[layer] if type(layer) is int and 0 <= layer < len(views) else self.layer_tensors(layer)
+    def _layers(self, cache: torch.Tensor) -> list[torch.Tensor]:
+        return [cache[i] for i in range(self.num_layers)] if self.num_layers > 1 else [cache]
 
     def append_kv(
         self,
@@ -146,7 +147,7 @@ class PagedKVCacheManager(PageAllocator):
         device, once a step: layers after the first that are given the same packed data skip this. Then one scatter each
         for keys and values; on CUDA with flashinfer one kernel for both.
         """
-        caches = self._views_of(layer)
+        caches = self.layer_tensors(layer)
         tail = self._check_append(keys, values, flashinfer_data, append_indptr_cpu)
         self.check_writable(tail.written_pages, checked=tail is self._tail)
         if tail is not self._tail:
@@ -263,7 +264,8 @@ def _storable(dtype: torch.dtype) -> torch.dtype:
         raise TensorError(f"dtype must be a torch.dtype, not {given!r}")
     try:
         torch.zeros(1, dtype=dtype)
-    # Dtypes without memory of their own (quantised ones): a RuntimeError, or NotImplementedError, which is one.
+    # torch cannot be asked whether a dtype has memory of its own (quantised ones have none): making some tells, by a
+    # RuntimeError or by NotImplementedError, which is one.
     except RuntimeError as error:
         raise TensorError(f"memory of dtype {dtype} cannot be made: {error}") from error
     return dtype

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     Int64Array = npt.NDArray[np.int64]
 
-__all__ = ["CostModel", "check_hybrid", "pack_hybrid", "pack_runs", "predict_us"]
+__all__ = ["CostModel", "check_hybrid", "pack_hybrid", "pack_levels", "pack_runs"]
 
 #: of arrays of int32 without gaps
 _SIDE_BY_SIDE = {(4,)}
@@ -79,7 +79,29 @@ def pack_hybrid(
     model = _model(cost_model)
     if not {table.strides for table in tables} <= _SIDE_BY_SIDE:
         tables = [np.ascontiguousarray(table, dtype=np.int32) for table in tables]
-    order, runs = build_forest(tables, ((lens - rows) // page_size).tolist())
+    return pack_levels(tables, lens, rows, ((lens - rows) // page_size).tolist(), model, page_size=page_size)
+
+
+def pack_levels(
+    tables: Sequence[PageArray],
+    lens: Int64Array,
+    rows: Int64Array,
+    limits: Sequence[int],
+    model: CostModel | None,
+    *,
+    page_size: int,
+) -> FlashInferHybridData:
+    """`pack_hybrid` of checked arguments.
+
+    Args:
+        tables: each sequence's page table, int32, contiguous.
+        lens: its tokens, int64 [batch].
+        rows: its query rows, int64 [batch].
+        limits: pages of it that others may share: those behind them are written, or seen by some of its rows only.
+        model: which shared runs to keep; None for all.
+        page_size: token slots in a page.
+    """
+    order, runs = build_forest(tables, limits)
     kept = None
     if model is not None and runs:
         places = np.array(order)
@@ -220,29 +242,6 @@ def _level(qo_indptr: Int64Array, num_pages: npt.NDArray[np.int32], pages: PageA
     np.cumsum(num_pages, out=kv_page_indptr[1:])
     parts = (qo_indptr.astype(np.int32), kv_page_indptr, pages, last.astype(np.int32))
     return HybridLevel.trusted(*(torch.from_numpy(part) for part in parts))
-
-
-def predict_us(data: FlashInferHybridData, page_size: int, cost_model: CostModel) -> float:
-    """The predicted time of one layer's attention over packed levels, in microseconds; O(pages log pages)."""
-    pages = concatenate(to_numpy(level.kv_page_indices) for level in data.levels)
-    by_page = [_by_page(level, page_size) for level in data.levels]
-    rows, tokens = (np.concatenate([part[i] for part in by_page]) for i in (0, 1))
-    different, index, times = np.unique(pages, return_inverse=True, return_counts=True)
-    reads = tokens @ np.where(times[index] > 1, cost_model.again_us(rows), cost_model.first_us(rows))
-    # A page may be full for one sequence and the partly filled last page of another.
-    most_tokens = np.zeros(len(different), dtype=np.int64)
-    np.maximum.at(most_tokens, index, tokens)
-    extra = most_tokens @ np.where(times > 1, cost_model.memory_us - cost_model.reread_us, 0)
-    return float(reads + extra) + cost_model.launch_us + (len(data.levels) - 1) * cost_model.level_overhead_us
-
-
-def _by_page(level: HybridLevel, page_size: int) -> tuple[Int64Array, Int64Array]:
-    """For each page that a level lists the rows of the group that reads it, and the tokens in it."""
-    num_pages = np.diff(to_numpy(level.kv_page_indptr))
-    tokens = np.full(int(num_pages.sum()), page_size, dtype=np.int64)
-    has_pages = num_pages > 0
-    tokens[np.cumsum(num_pages)[has_pages] - 1] = to_numpy(level.kv_last_page_len)[has_pages]
-    return np.repeat(np.diff(to_numpy(level.qo_indptr)).astype(np.int64), num_pages), tokens
 
 
 def check_hybrid(

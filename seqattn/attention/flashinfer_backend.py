@@ -36,7 +36,7 @@ from seqattn.attention.calls import KernelCall, Work, is_next, next_work, work_o
 from seqattn.attention.choice import choose, own_of, what_matters
 from seqattn.attention.prepared import Form, Prepared, Scratch, scratch_for
 from seqattn.attention.streams import Streams
-from seqattn.attention.views import LayerViews
+from seqattn.attention.views import Spans
 from seqattn.attention.wrapper_set import WrapperSet
 from seqattn.constants import Chip, constants_for
 from seqattn.device import Heads
@@ -117,7 +117,7 @@ class FlashInferBackend:
         self._known: tuple[BatchPlan, Work, tuple[int, int]] | None = None
         self._codes: tuple[object, list[torch.Tensor]] | None = None  # on the device, and the array that tells them
         self._last_slices: tuple[bytes, list[int]] = (b"none", [])
-        self.layers = LayerViews(manager)
+        self.spans = Spans(manager)
         self._launcher: Launcher | None = None
         self._streams = Streams(self.device)
 
@@ -147,13 +147,13 @@ class FlashInferBackend:
         own = own_of(plan, self.manager.page_size)
         if self._known is not None and self._known[2] == own and is_next(self._known[0], plan):
             return next_work(self._known[1], plan)
-        how = {"has_fa3": self.costs.has_fa3, "has_spans": self.layers.has_spans}
+        how = {"has_fa3": self.costs.has_fa3, "has_spans": self.spans.exist}
         work = self._work_of(plan, choose(plan, self._slices_of, self.manager.page_size, **how))
         self._known = (plan, work, own) if plan.levels[-1].decodes else None
         return work
 
     def _work_of(self, plan: BatchPlan, choices: Sequence[Choice]) -> Work:
-        return work_of(plan, choices, self.heads_each, self.manager.page_size, has_spans=self.layers.has_spans)
+        return work_of(plan, choices, self.heads_each, self.manager.page_size, has_spans=self.spans.exist)
 
     def _slices_of(self, shared: Sequence[Groups], last: Groups) -> list[int]:
         """The slices of shared levels; those of a decoding batch stay the same for many steps."""
@@ -244,7 +244,7 @@ class FlashInferBackend:
         """
         if q.dtype != self.manager.dtype:
             raise TensorError(f"q is {q.dtype} but the cache holds {self.manager.dtype}: the kernels read one dtype")
-        caches = self.layers.pages(layer)
+        caches = self.manager.layer_tensors(layer)
         if torch.cuda.is_current_stream_capturing() and not prepared.is_fixed and prepared not in self._captured:
             self._captured.append(prepared)  # the graph goes on using its memory
         q = side_by_side(q)
@@ -295,5 +295,5 @@ class FlashInferBackend:
             num_rows = out.shape[0]
             queries = q if q.shape[0] == num_rows else q[:num_rows]
         span = prepared.work.calls[i].span
-        caches = self.layers.pages(layer) if span is None else self.layers.span(layer, span)
+        caches = self.manager.layer_tensors(layer) if span is None else self.spans.of(layer, span)
         prepared.runs[i][1](queries, caches, out, lse)

@@ -1,4 +1,4 @@
-"""Keys and values of a layer as kernels take them: views of the manager's memory, made once."""
+"""Keys and values of pages that follow one another, as kernels take them: views of the manager's memory, made once."""
 
 from __future__ import annotations
 
@@ -11,50 +11,41 @@ if TYPE_CHECKING:
 
     Pair = tuple[torch.Tensor, torch.Tensor]
 
-__all__ = ["LayerViews"]
+__all__ = ["Spans"]
 
 #: arrays of pages side by side that are kept for a layer
 _MOST_SPANS = 64
 
 
-class LayerViews:
-    """Views of a manager's memory, made anew if the manager gets another.
+class Spans:
+    """Pages side by side as arrays; made anew if the manager gets other memory.
 
     Attributes:
-        has_spans: tokens of pages that follow one another lie side by side.
+        exist: tokens of pages that follow one another lie side by side.
     """
 
     def __init__(self, manager: PagedKVCacheManager) -> None:
         self._manager = manager
-        self._caches: list[Pair] = []
-        self._caches_of: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-        self._spans: list[dict[tuple[int, int], Pair]] = []
-        self.has_spans = manager.kv_layout == "NHD"
+        self._known: dict[int, tuple[Pair, dict[tuple[int, int], Pair]]] = {}
+        self.exist = manager.kv_layout == "NHD"
 
-    def pages(self, layer: int) -> Pair:
-        """Keys and values of a layer, in the manager's layout. Raises LengthError: there is no such layer."""
-        manager = self._manager
-        if self._caches_of[0] is not manager.key_cache or self._caches_of[1] is not manager.value_cache:
-            self._caches = [manager.layer_tensors(i) for i in range(manager.num_layers)]
-            self._caches_of = manager.get_memory_tensors()
-            self._spans = [{} for _ in self._caches]
-        if type(layer) is not int or not 0 <= layer < len(self._caches):
-            return manager.layer_tensors(layer)  # which says what is wrong
-        return self._caches[layer]
-
-    def span(self, layer: int, span: tuple[int, int]) -> Pair:
+    def of(self, layer: int, span: tuple[int, int]) -> Pair:
         """Keys and values of pages side by side as arrays, [tokens, heads, head_dim] each.
 
         Args:
-            layer: for which `pages` has been asked.
+            layer: of the manager.
             span: the first of the pages, and how many.
         """
-        known = self._spans[layer]
-        found = known.get(span)
+        pages = self._manager.layer_tensors(layer)
+        of, arrays = self._known.get(layer, (None, {}))
+        if of is not pages:
+            arrays = {}
+            self._known[layer] = pages, arrays
+        found = arrays.get(span)
         if found is None:
-            if len(known) >= _MOST_SPANS:
-                known.clear()
+            if len(arrays) >= _MOST_SPANS:
+                arrays.clear()
             first, count = span
-            keys, values = (t[first : first + count].view(-1, *t.shape[2:]) for t in self._caches[layer])
-            found = known[span] = keys, values
+            keys, values = (t[first : first + count].view(-1, *t.shape[2:]) for t in pages)
+            found = arrays[span] = keys, values
         return found

@@ -18,7 +18,7 @@ from seqattn.attention.choice import choose
 from seqattn.attention.flashinfer_backend import FlashInferBackend
 from seqattn.attention.plan import BatchPlan, Planner, plan_batch
 from seqattn.attention.torch_backend import merge_states
-from seqattn.attention.views import LayerViews
+from seqattn.attention.views import Spans
 from seqattn.cache import PagedKVCacheManager
 from seqattn.device import Device, Groups, Heads
 from seqattn.hybrid import pack_hybrid
@@ -256,7 +256,7 @@ def test_ways_are_chosen_anew_when_sequences_have_grown_or_one_is_much_longer() 
     manager = PagedKVCacheManager(200, 16, 8, 128, torch.bfloat16, "cpu")
     backend: Any = object.__new__(FlashInferBackend)  # without what needs a device
     backend.manager, backend.heads_each, backend.heads = manager, 4, Heads()
-    backend._known, backend._last_slices, backend.layers = None, (b"", []), LayerViews(manager)
+    backend._known, backend._last_slices, backend.spans = None, (b"", []), Spans(manager)
     asked = []
 
     class Costs:

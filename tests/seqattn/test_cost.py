@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from seqattn.cost import CostModel, runs_that_pay
 from seqattn.errors import BadValueError
-from seqattn.hybrid import check_hybrid, pack_hybrid, predict_us
+from seqattn.hybrid import check_hybrid, pack_hybrid
 from seqattn.packed import FlashInferHybridData, HybridLevel
+from tests.seqattn.predicted import predict_us
 from tests.seqattn.truth import (
     FOREST,
     Batch,

@@ -10,7 +10,7 @@ import torch
 
 from seqattn.append import sent, side_by_side
 from seqattn.attention.calls import KernelCall
-from seqattn.attention.views import LayerViews
+from seqattn.attention.views import Spans
 from seqattn.attention.wrapper import Wrapper
 from seqattn.attention.wrapper_set import WrapperSet, wait_for
 from seqattn.cache import PagedKVCacheManager
@@ -114,20 +114,24 @@ def test_a_call_that_was_planned_for_is_known_by_itself_the_next_time() -> None:
 
 def test_pages_side_by_side_are_an_array_of_the_memory_that_the_manager_has() -> None:
     manager = PagedKVCacheManager(9, 4, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu", num_layers=2)
-    views = LayerViews(manager)
+    spans = Spans(manager)
     for _ in range(2):
         for layer in range(2):
-            pages, arrays = views.pages(layer), views.span(layer, (3, 4))
+            pages, arrays = manager.layer_tensors(layer), spans.of(layer, (3, 4))
+            assert manager.layer_tensors(layer) is pages
+            assert pages[0].data_ptr() == manager.key_cache[layer].data_ptr()
             for cache, array in zip(pages, arrays, strict=True):
                 assert array.shape == (16, NUM_KV_HEADS, HEAD_DIM)
                 assert array.data_ptr() == cache[3].data_ptr()
-            assert views.span(layer, (3, 4)) is arrays
+            assert spans.of(layer, (3, 4)) is arrays
         manager.key_cache = manager.key_cache.clone()  # who moves the memory is followed
     for first in range(70):
-        views.span(0, (first % 5, 1 + first // 20))
-    assert len(views._spans[0]) <= 64
-    with pytest.raises(LengthError):
-        views.pages(2)
+        spans.of(0, (first % 5, 1 + first // 20))
+    assert len(spans._known[0][1]) <= 64
+    for bad in (2, -1, 2.0, None):
+        with pytest.raises(LengthError):
+            manager.layer_tensors(bad)  # type: ignore[arg-type]
+    assert manager.layer_tensors(np.int64(1)) is manager.layer_tensors(1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("first", [0, 1, 3, 8])

@@ -127,8 +127,9 @@ class Decoder:
     @property
     def most_rows(self) -> int:
         """Of a step with prompts that may be computed by a graph; 0 if none may."""
-        can = self.whole is not None and self.whole.captures and self._takes_prompts
-        return self.whole.batch_sizes[-1] if can and self.whole is not None else 0
+        if self.whole is None or not self.whole.captures or not self._takes_prompts:
+            return 0
+        return self.whole.batch_sizes[-1]
 
     def forward_prompts(self, step: GraphStep) -> torch.Tensor | None:
         """Logits of the last rows of a step with prompts; None if there is no graph for it, or not yet.

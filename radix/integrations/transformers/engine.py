@@ -432,8 +432,10 @@ class Engine:
         if self._is_torn:
             self.steps.drop()
             for request in gather(self.scheduler, self._open.values()):
-                request.read()
-                self._end(request, self.clock())
+                try:
+                    request.read()
+                finally:  # a tokenizer that raises is not asked again
+                    self._end(request, self.clock())
             self._is_torn = False
 
     def _end(self, request: Request, now: float) -> None:

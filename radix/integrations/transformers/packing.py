@@ -19,9 +19,7 @@ import numpy as np
 import torch
 from attrs import define
 
-from seqattn.cost import runs_that_pay
-from seqattn.forest import build_forest
-from seqattn.hybrid import pack_runs
+from seqattn.hybrid import pack_levels
 from seqattn.packed import FlashInferHybridData, HybridLevel
 from seqattn.page_lists import concatenate
 
@@ -132,8 +130,4 @@ def pack_rows(
     with cache.lock:
         tables, _ = cache.descriptor.tables(ids)
         row_tables = [tables[i][:count] for i, count in zip(whose, num_pages, strict=True)]
-        order, runs = forest = build_forest(row_tables, limits)
-        kept = None
-        if cost_model is not None and runs:
-            kept = runs_that_pay(runs, np.arange(len(lens) + 1), lens[order], page_size, cost_model)
-        return pack_runs(row_tables, lens, np.ones_like(lens), forest, kept, page_size=page_size)
+        return pack_levels(row_tables, lens, np.ones_like(lens), limits, cost_model, page_size=page_size)

@@ -15,7 +15,6 @@ so it always comes to its end.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -147,22 +146,21 @@ class Scheduler:
         return Batch(requests, len(requests), [1] * len(requests), growth, [size for _, size in going_on])
 
     def tell(self, batch: Batch, tokens: dict[Request, int]) -> None:
-        """The tokens that were not known when a batch was made ahead; of other requests, too."""
-        requests = [request for request in batch.requests if request in tokens]
-        self.cache.amend([request.id for request in requests], [tokens[request] for request in requests])
+        """The tokens that were not known when a batch was made ahead."""
+        self.cache.amend([request.id for request in batch.requests], [tokens[request] for request in batch.requests])
 
     def land(self, batch: Batch, tokens: dict[Request, int], now: float) -> None:
         """The KV of a batch is written: requests and forks that begin with them take tokens, prompts are published."""
-        for request, size in zip(batch.requests, batch.num_new, strict=True):
-            if not request.is_finished:  # cancelled on the way
-                request.num_done += size
-                for each in request.family():
-                    if each in tokens:
-                        each.take(tokens[each], now)
-        prompts = zip(batch.requests, batch.num_new, strict=True)
-        for request, size in itertools.islice(prompts, batch.num_decoding, None):
-            request.num_computed_tokens += size
-            self.cache.publish(request.id, num_tokens=request.num_done)
+        for i, (request, size) in enumerate(zip(batch.requests, batch.num_new, strict=True)):
+            if request.is_finished:  # cancelled on the way
+                continue
+            request.num_done += size
+            for each in request.family():
+                if each in tokens:
+                    each.take(tokens[each], now)
+            if i >= batch.num_decoding:
+                request.num_computed_tokens += size
+                self.cache.publish(request.id, num_tokens=request.num_done)
 
     def take_back(self) -> None:
         """Brings sequences to where their requests stand; whatever an error has left undone, the next step computes."""
