@@ -105,7 +105,7 @@ ORDER = [
     "radix/integrations/transformers/scheduler.py",
     "radix/integrations/transformers/packing.py",
     "radix/integrations/transformers/runner.py",
-    "radix/integrations/transformers/mending.py",
+    "radix/integrations/transformers/open_requests.py",
     "radix/integrations/transformers/flight.py",
     "radix/integrations/transformers/engine.py",
     "radix/integrations/transformers/chat.py",

@@ -13,23 +13,22 @@ ends or is preempted. The token that was chosen last has no KV yet; it gets one 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
 import time
 from typing import TYPE_CHECKING, Literal
 
 from radix.cache import PrefixCache
 from radix.integrations.transformers.flight import Steps
-from radix.integrations.transformers.mending import gather
 from radix.integrations.transformers.model import manager_for
+from radix.integrations.transformers.open_requests import OpenRequests
 from radix.integrations.transformers.reader import Reader
 from radix.integrations.transformers.request import Options, Piece, Request
 from radix.integrations.transformers.runner import Packing, Runner
 from radix.integrations.transformers.sampling import Draw, Sampling
 from radix.integrations.transformers.scheduler import Scheduler
-from radix.integrations.transformers.text import TextStream, as_texts, as_token_set, encode
+from radix.integrations.transformers.text import TextStream, as_texts, as_token_set, encode, end_tokens
 from seqattn.counts import as_count, positive
-from seqattn.errors import BadValueError, DuplicateSequenceError, LengthError, PromptTooLargeError, SeqAttnError
+from seqattn.errors import BadValueError, LengthError, PromptTooLargeError, SeqAttnError
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -138,8 +137,7 @@ class Engine:
         )
         self.model, self.tokenizer, self.cache = model, tokenizer, cache
         self.shape: ModelShape = runner.shape
-        self.end_tokens = _end_tokens(model, tokenizer)
-        self.name = name
+        self.end_tokens = end_tokens(model, tokenizer)
         self.clock = clock
         self.on_short: list[Callable[[], bool]] = []
         self.scheduler = Scheduler(cache, most, budget, self.on_short)
@@ -149,8 +147,7 @@ class Engine:
         self.steps = Steps(runner, self.scheduler, clock, run_ahead=ahead)
         self._lock = threading.RLock()
         self._is_torn = False
-        self._count = itertools.count()
-        self._open: dict[Hashable, Request] = {}
+        self._requests = OpenRequests(name)
 
     @classmethod
     def for_model(
@@ -197,11 +194,11 @@ class Engine:
         stops = self.end_tokens if stop_tokens is None else as_token_set(stop_tokens)
         watch = TextStream(self.tokenizer, as_texts(stop_texts, self.tokenizer)) if stop_texts else None
         draw = Draw(sampling)
-        now, (number, free_id) = self.clock(), self._next()
+        now, (number, free_id) = self.clock(), self._requests.next_id()
         own_id = free_id if request_id is None else request_id
         self._refuse_id(own_id, namespace)
         request = Request(own_id, ids, namespace, most, draw, stops, self.tokenizer, watch, now, number)
-        self._enter(request)
+        self._requests.enter(request)
         self.scheduler.inbox.append(request)
         return request
 
@@ -307,7 +304,7 @@ class Engine:
         """
         with self._lock:
             if not request.is_finished:
-                self._refuse_foreign(request)
+                self._requests.refuse_foreign(request)
                 request.finish_reason = "cancelled"
                 self._end(request, self.clock())
             elif request in self.scheduler.running:  # an interrupt came before
@@ -326,13 +323,13 @@ class Engine:
         with self._lock:
             if request.is_finished:
                 raise SeqAttnError(f"{request.id!r} is finished and cannot be forked: submit its tokens anew")
-            self._refuse_foreign(request)
-            number, free_id = self._next()
+            self._requests.refuse_foreign(request)
+            number, free_id = self._requests.next_id()
             child = request.copy(free_id, Draw(sampling, len(request.tokens)), self.clock(), number)
             self._refuse_id(child.id, child.namespace)
             if self.steps.has(request):  # its sequence has a token that it has not
                 self.steps.drop()
-            self._enter(child)
+            self._requests.enter(child)
             if not request.tokens:
                 request.forks.append(child)
             elif request in self.scheduler.running and not request.is_prefilling:
@@ -382,27 +379,12 @@ class Engine:
         except TypeError as error:
             raise BadValueError(f"namespace must be hashable, not {namespace!r}: {error}") from None
 
-    def _next(self) -> tuple[int, str]:
-        """A place in the order of submission, and an id that none of its requests has."""
-        while True:
-            number = next(self._count)
-            if (own_id := f"{self.name} {number}") not in self._open:
-                return number, own_id
-
-    def _enter(self, request: Request) -> None:
-        if self._open.setdefault(request.id, request) is not request:  # at once, as any thread may submit
-            raise DuplicateSequenceError(request.id, "waits already: use another id")
-
-    def _refuse_foreign(self, request: Request) -> None:
-        if self._open.get(request.id) is not request:
-            raise SeqAttnError(f"{request.id!r} is no request of this engine")
-
     def _advance(self, request: Request, num_seen: int) -> None:
         """Steps once, unless the request has more tokens than the caller has seen, or is finished."""
         with self._lock:
             if len(request.tokens) > num_seen or request.is_finished:
                 return
-            self._refuse_foreign(request)
+            self._requests.refuse_foreign(request)
             self.step()
 
     def _accept(self, landed: Landed) -> list[Request]:
@@ -431,7 +413,7 @@ class Engine:
         """After a step that did not come to its end: every open request is in its place again."""
         if self._is_torn:
             self.steps.drop()
-            for request in gather(self.scheduler, self._open.values()):
+            for request in self._requests.gather(self.scheduler):
                 try:
                     request.read()
                 finally:  # a tokenizer that raises is not asked again
@@ -441,16 +423,5 @@ class Engine:
     def _end(self, request: Request, now: float) -> None:
         request.finished_at = now
         self.scheduler.end(request)
-        self._open.pop(request.id, None)
+        self._requests.leave(request)
         self.steps.forget_finished()
-
-
-def _end_tokens(model: Model, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """The end tokens of the generation config, else of the tokenizer."""
-    config = getattr(model, "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    if found is None:
-        found = getattr(tokenizer, "eos_token_id", None)
-    if found is None:
-        return frozenset()
-    return frozenset(found if isinstance(found, (list, tuple)) else [found])

@@ -21,7 +21,9 @@ from seqattn.errors import BadValueError, TokenError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["Prompt", "TextStream", "Tokenizer", "as_texts", "as_token_set", "decode", "encode", "render"]
+    from radix.integrations.transformers.model import Model
+
+__all__ = ["Prompt", "TextStream", "Tokenizer", "as_texts", "as_token_set", "decode", "encode", "end_tokens", "render"]
 
 #: a tokenizer of transformers; called, and asked for `decode` and `apply_chat_template`
 Tokenizer: TypeAlias = Any
@@ -149,3 +151,14 @@ class TextStream:
             if any(stop.startswith(self.text[-size:]) for stop in self.stops):
                 return len(self.text) - size
         return len(self.text)
+
+
+def end_tokens(model: Model, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The end tokens of the generation config, else of the tokenizer."""
+    config = getattr(model, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    if found is None:
+        found = getattr(tokenizer, "eos_token_id", None)
+    if found is None:
+        return frozenset()
+    return frozenset(found if isinstance(found, (list, tuple)) else [found])
