@@ -75,6 +75,11 @@ def build_forest(tables: Sequence[PageArray], limits: Sequence[int]) -> tuple[li
         if (end := _common_end(its, depth, least)) > depth:
             runs.append(Run(len(order), len(order) + len(members), depth, end, parent))
             depth, parent = end, len(runs) - 1
+        tried = _looks_grouped(its, depth, least)
+        if tried and (below := grouped_runs(its, most, depth, least)) is not None:
+            _add(below, runs, len(order), depth, parent)
+            order += members
+            continue
         pages = _next_pages(its, most, depth, least)
         branches = len(set(pages))
         if branches == len(members):
@@ -83,7 +88,7 @@ def build_forest(tables: Sequence[PageArray], limits: Sequence[int]) -> tuple[li
         if sum(map(ne, pages, pages[1:])) >= branches:  # pages that are not side by side
             members, sizes = _by_page(members, pages)
             its, most = [tables[i] for i in members], [limits[i] for i in members]
-        elif (below := _all_below(its, most, depth, least, pages, branches)) is None:
+        elif tried or (below := _all_below(its, most, depth, least, pages, branches)) is None:
             sizes = [len(list(same)) for _, same in groupby(pages)]
         else:
             _add(below, runs, len(order), depth, parent)
@@ -104,6 +109,14 @@ def _common_end(tables: Sequence[PageArray], begin: int, end: int) -> int:
         for table in tables[1:-1]:
             end = _agreed(lead, table, begin, end)
     return end
+
+
+def _looks_grouped(tables: Sequence[PageArray], depth: int, least: int) -> bool:
+    """Whether the first three go on with the same page, and one behind the first of `_MANY` branches with another."""
+    if least <= depth or len(tables) < 2 * _MANY:
+        return False
+    page = tables[0].item(depth)
+    return all(table.item(depth) == page for table in tables[1:3]) and tables[len(tables) // _MANY].item(depth) != page
 
 
 def _all_below(

@@ -41,7 +41,7 @@ def forest(tables: Sequence[Table], limits: Sequence[int], fewest: int) -> tuple
     """The forest, where from so many sequences on all neighbours are compared at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "_FEWEST", fewest)
-        patch.setattr("seqattn.forest._MANY", 0)
+        patch.setattr("seqattn.forest._MANY", 2)
         return build_forest(tables, limits)
 
 
