@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from seqattn.load import FA3, slices_for
-from seqattn.one_load import Lists, fa3_load, makes_sense, one_fa2_load
-from seqattn.steps import NUMBERS, body_of, step_us
+from seqattn.one_load import Lists
+from seqattn.ways import Ways
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -22,11 +21,9 @@ if TYPE_CHECKING:
     from seqattn.device import Device
     from seqattn.forest import Run
     from seqattn.load import Heads
+    from seqattn.ways import Body, Way
 
     Int64Array = npt.NDArray[np.int64]
-    Body = tuple[float, ...]
-    #: no step is shorter than this; the calls of the first shared level, of the second or none, and of the last
-    Way = tuple[float, Body, Body | None, Body]
 
 __all__ = ["AlikeRuns", "AlikeSteps"]
 
@@ -77,14 +74,12 @@ class AlikeSteps:
     def __init__(
         self, device: Device, heads: Heads, runs: AlikeRuns, num_tokens: Int64Array, rows_each: int, *, page_size: int
     ) -> None:
-        self.device, self.heads, self.rows_each = device, heads, rows_each
+        self.by, self.rows_each = Ways(device, heads), rows_each
         self.lists = Lists(len(num_tokens), int(num_tokens.max()), int(num_tokens.sum()), num_tokens)
         self.counts, self.sizes = runs.counts, runs.sizes
         self.tokens = [page_size * pages for pages in runs.pages]
-        self.slices = slices_for(heads, device.slices).tolist()
         self._levels: dict[tuple[int, int], list[Body]] = {}
         self._lasts: dict[int, Body] = {}
-        self._paces: dict[float, float] = {}
 
     def best(self, choices: Sequence[Sequence[int]]) -> int:
         """Which of these sets of depths to keep, none the first, of at most two depths each.
@@ -92,67 +87,31 @@ class AlikeSteps:
         Cost: some two microseconds for each way to compute a call, less than one for each two of them, and three for
         each two that could be the fastest: mostly these are the first.
         """
-        device = self.device
+        device = self.by.device
         enough = device.enough_us(self.least_us(()))
         factors = [device.harder(len(kept)) for kept in choices]
-        ways = [(way[0] * factors[i], i, way) for i, kept in enumerate(choices) if kept for way in self.ways(kept)]
+        ways = [
+            (way.at_least * factors[i], i, way) for i, kept in enumerate(choices) if kept for way in self.ways(kept)
+        ]
         best, best_us, least = 0, enough, enough * max(factors)
         for at_least, i, way in sorted(ways):
             if at_least >= least:
                 break
-            us = self._step_us(way)
+            us = self.by.step_us(way)
             if us * factors[i] < least:
                 best, best_us, least = i, us, us * factors[i]
         return best if best_us < enough else 0
 
     def least_us(self, kept: Sequence[int]) -> float:
         """The least time of a step with these depths as levels."""
-        if not kept:
-            last = self._last(kept)
-            return self.device.plain_us + last[0] + last[1]
-        return min(map(self._step_us, self.ways(kept)))
-
-    def _step_us(self, way: Way) -> float:
-        _, top, lower, last = way
-        return float(step_us(self.device, top, lower, last, NUMBERS))
+        return min(map(self.by.step_us, self.ways(kept))) if kept else self.by.plain_us(self._last(kept))
 
     def ways(self, kept: Sequence[int]) -> Iterable[Way]:
         """All ways to compute these depths as levels."""
-        last, top = self._last(kept), self._level(0, kept[0])
-        return self._single(top, last) if len(kept) == 1 else self._pairs(top, self._level(kept[0] + 1, kept[1]), last)
-
-    def _single(self, top: list[Body], last: Body) -> Iterator[Way]:
-        device = self.device
-        always = device.start_us + device.level_us + last[5]
-        waits = device.fa2_waits * last[3] * last[2]
-        for a in top:
-            behind = self._least_beside(last, a[4], a[0]) + last[1] + device.last_us
-            longest = max(a[0] + a[1] + (1 - a[6]) * waits, behind + a[1])
-            yield longest + a[5] + device.gather_us * a[6] + always, a, None, last
-
-    def _pairs(self, top: list[Body], lower: list[Body], last: Body) -> Iterator[Way]:
-        device, halves = self.device, 2 * self.device.num_processors
-        always = device.start_us + 2 * device.level_us + last[5]
-        waits, posts = last[3] * last[2], last[1] + device.last_us
-        for b in lower:
-            b_us, b_post, b_filled, b_wave, b_held, b_merge, b_is_fa3 = b[:7]
-            before = device.fa2_waits * (waits + b_wave * b_filled)
-            for a in top:
-                us, post, _, _, held, merge, is_fa3 = a[:7]
-                together = min(held + b_held, halves)
-                behind = self._least_beside(last, together, (us * held + b_us * b_held) / together)
-                longest = max(us + post + (1 - is_fa3) * before, b_us + b_post, behind + posts + post + b_post)
-                yield longest + merge + b_merge + device.gather_us * max(is_fa3, b_is_fa3) + always, a, b, last
-
-    def _least_beside(self, call: Body, held: float, until: float) -> float:
-        """A call takes no less beside others that hold so many halves of multiprocessors until then.
-
-        What is left to it reads at least at the pace at which so many blocks would if only reading took time.
-        """
-        if (pace := self._paces.get(held)) is None:
-            halves = 2 * self.device.num_processors
-            self._paces[held] = pace = (max(halves - held, 1) / halves) ** (1 - self.device.spread)
-        return until * (1 - pace) + call[0] if until * pace < call[0] else call[0] / pace
+        begins = 0, kept[0] + 1
+        return self.by.all(
+            [self._level(begin, depth) for begin, depth in zip(begins, kept, strict=False)], self._last(kept)
+        )
 
     def _level(self, begin: int, depth: int) -> list[Body]:
         """The calls for a level of all runs of a depth, which read what depths from `begin` on have as well."""
@@ -161,14 +120,8 @@ class AlikeSteps:
         tokens, count = sum(self.tokens[begin : depth + 1]), self.counts[depth]
         rows = self.rows_each * self.sizes[depth]
         different = sum(self.tokens[d] * self.counts[d] for d in range(begin, depth + 1))
-        lists = Lists(count, tokens, count * tokens)
-        calls = [one_fa2_load(self.heads, self.device.num_processors, rows, lists, different)]
-        calls += [
-            (FA3, fa3_load(self.heads, rows, tokens, different, slices, times=count))
-            for slices in self.slices
-            if makes_sense(tokens, slices)
-        ]
-        self._levels[begin, depth] = bodies = [self._body(call) for call in calls]
+        _, bodies = self.by.shared(rows, Lists(count, tokens, count * tokens), different)
+        self._levels[begin, depth] = bodies
         return bodies
 
     def _last(self, kept: Sequence[int]) -> Body:
@@ -181,10 +134,5 @@ class AlikeSteps:
         again = sum(self.tokens[d] * self.counts[d] * (self.sizes[d] - 1) for d in range(begin, len(self.tokens)))
         each = None if tokens is None or count * longest == total else tokens - shared
         own = Lists(count, longest - shared, total - count * shared, each)
-        load = one_fa2_load(self.heads, self.device.num_processors, self.rows_each, own, own.total - again)
-        self._lasts[begin] = body = self._body(load)
+        self._lasts[begin] = body = self.by.fa2(self.rows_each, own, own.total - again)
         return body
-
-    def _body(self, call: tuple[int, tuple[float, ...]]) -> Body:
-        kernel, load = call
-        return body_of(self.device, self.device.columns[kernel], kernel == FA3, load, self.heads, NUMBERS)

@@ -10,6 +10,7 @@ from attrs import define, field
 from seqattn.errors import BadValueError
 from seqattn.load import SLICES, Cut, Groups, Heads, loads_of, slices_for
 from seqattn.steps import NOTHING, bodies_of, one_by_one, step_us
+from seqattn.ways import best_slices
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -152,6 +153,8 @@ class Device:
         """
         if not shared:
             return 0.0 if last is None else self.times(Cut.of([last]), [0], heads)[0], []
+        if last is not None and (found := best_slices(self, heads, shared, last)) is not None:
+            return found
         if last is None:  # next to nothing, for each row of the batch
             rows = np.ones(int(shared[-1].rows.sum()), dtype=np.int64)
             last = Groups(rows, rows, len(rows))

@@ -38,6 +38,7 @@ ORDER = [
     "seqattn/load.py",
     "seqattn/one_load.py",
     "seqattn/steps.py",
+    "seqattn/ways.py",
     "seqattn/device.py",
     "seqattn/constants.py",
     "seqattn/fit.py",

@@ -139,11 +139,23 @@ def work_of(
         page_size: token slots in a page.
         has_spans: tokens of pages that follow one another lie side by side in memory.
     """
+    if len(plan.levels) == 1 and plan.rows is None and plan.levels[0].decodes:
+        return _direct(plan.levels[0], choices[0])
     rows = np.arange(plan.num_rows) if plan.rows is None else plan.rows
     builder = _Builder(rows, plan.rows is None, heads_each, page_size, has_spans)
     for i, (level, choice) in enumerate(zip(plan.levels, choices, strict=True)):
         builder.add(level, choice, is_last=i == len(plan.levels) - 1)
     return builder.work()
+
+
+def _direct(level: LevelPlan, choice: Choice) -> Work:
+    """A batch that decodes, without shared levels and in the caller's order, which every builder comes to."""
+    num_rows, none = len(level.kv_last_page_len), np.zeros(0, dtype=np.int32)
+    tables = (level.qo_indptr, level.kv_page_indptr, level.kv_page_indices, level.kv_last_page_len)
+    call = KernelCall(
+        choice.kernel, *tables, level.causal, by_group=False, first_query=None, first_part=0, num_rows=num_rows
+    )
+    return Work((call,), none, none, none, num_rows, direct=True)
 
 
 def is_next(old: BatchPlan, new: BatchPlan) -> bool:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from seqattn.attention.plan import BatchPlan, LevelPlan
+    from seqattn.pages import PageArray
 
 __all__ = ["choose", "own_of", "what_matters"]
 
@@ -52,16 +53,27 @@ def choose(
     groups = [_groups(level, page_size, has_spans=has_spans) for level in plan.levels[:-1]]
     used = [level for level in groups if len(level.rows)]
     last = plan.levels[-1]
-    rows, kv_lens = last.row_lens, last.kv_lens
-    read = (rows > 0) & (kv_lens > 0)
-    own = Groups(rows[read], kv_lens[read], int(kv_lens[read].sum()))
-    slices = iter(slices_of(used, own) if used and len(own.rows) else [0] * len(used))
+    slices = iter(_slices(used, last, slices_of) if used else ())
     by_level = [next(slices) if len(level.rows) else 0 for level in groups]
     shared = [Choice("fa3", n) if n else Choice("fa2") for n in by_level]
-    if last.decodes or (len(rows) and rows.min() == rows.max() == 1):
+    if last.decodes:
+        return [*shared, Choice("decode")]
+    rows = last.row_lens
+    if len(rows) and rows.min() == rows.max() == 1:
         return [*shared, Choice("decode")]
     is_long = has_fa3 and int(rows.sum()) >= _LONG_ROWS * len(rows)
     return [*shared, Choice("fa3" if is_long else "fa2")]
+
+
+def _slices(
+    shared: Sequence[Groups], last: LevelPlan, slices_of: Callable[[Sequence[Groups], Groups], list[int]]
+) -> list[int]:
+    """The slices of shared levels that have something to read; fa2 for all where the last has nothing."""
+    rows, kv_lens = last.row_lens, last.kv_lens
+    if not last.decodes:
+        read = (rows > 0) & (kv_lens > 0)
+        rows, kv_lens = rows[read], kv_lens[read]
+    return slices_of(shared, Groups(rows, kv_lens, int(kv_lens.sum()))) if len(rows) else [0] * len(shared)
 
 
 def own_of(plan: BatchPlan, page_size: int) -> tuple[int, int]:
@@ -83,5 +95,15 @@ def what_matters(shared: Sequence[Groups], last: Groups) -> bytes:
 def _groups(level: LevelPlan, page_size: int, *, has_spans: bool) -> Groups:
     rows, kv_lens = level.row_lens, level.kv_lens
     used = (rows > 0) & (kv_lens > 0)
-    different = len(np.unique(level.kv_page_indices)) * page_size
-    return Groups(rows[used], kv_lens[used], min(different, int(kv_lens[used].sum())), has_spans and level.in_line)
+    tokens = kv_lens[used]
+    different = min(page_size * _num_different(level.kv_page_indices), int(tokens.sum()))
+    return Groups(rows[used], tokens, different, has_spans and level.in_line)
+
+
+def _num_different(pages: PageArray) -> int:
+    """How many pages these are; the numbers themselves are small, and marking them takes a tenth of sorting them."""
+    if not len(pages):
+        return 0
+    is_there = np.zeros(int(pages.max()) + 1, dtype=bool)
+    is_there[pages] = True
+    return int(np.count_nonzero(is_there))
