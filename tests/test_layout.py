@@ -55,6 +55,7 @@ ORDER = [
     "seqattn/attention/calls.py",
     "seqattn/attention/choice.py",
     "seqattn/attention/bound.py",
+    "seqattn/attention/places.py",
     "seqattn/attention/wrapper.py",
     "seqattn/attention/wrapper_set.py",
     "seqattn/attention/views.py",

@@ -18,6 +18,7 @@ import torch
 
 from seqattn.attention.bound import BoundPlan
 from seqattn.attention.fixed import next_padded
+from seqattn.attention.places import laid_out
 from seqattn.attention.wrapper_set import wait_for
 
 if TYPE_CHECKING:
@@ -37,19 +38,18 @@ __all__ = ["CAPTURING", "CapturedStep"]
 CAPTURING = threading.RLock()
 
 #: the pages last: of them only those are sent that there are
-_NAMES = ("qo_indptr", "kv_page_indptr", "kv_last_page_len", "kv_page_indices")
+_PAGES = "kv_page_indices"
+_NAMES = ("qo_indptr", "kv_page_indptr", "kv_last_page_len", _PAGES)
 
 
 class _Block:
-    """Named int32 arrays in pinned memory and on the device, each at a multiple of 16 bytes."""
+    """Named int32 arrays in pinned memory and on the device, at places of `laid_out`."""
 
     def __init__(self, sizes: dict[str, int], device: torch.device) -> None:
-        rounded = [-(-size // 4) * 4 for size in sizes.values()]
-        begins = np.cumsum([0, *rounded]).tolist()
-        self._host = torch.zeros(begins[-1], dtype=torch.int32, pin_memory=True)
-        self._device = torch.zeros(begins[-1], dtype=torch.int32, device=device)
-        where = {name: slice(b, b + sizes[name]) for name, b in zip(sizes, begins, strict=False)}
-        self._end = begins[-2] + next(reversed(sizes.values()))
+        *begins, self._end = laid_out(list(sizes.values()), [i for i, name in enumerate(sizes) if name == _PAGES])
+        self._host = torch.zeros(self._end, dtype=torch.int32, pin_memory=True)
+        self._device = torch.zeros(self._end, dtype=torch.int32, device=device)
+        where = {name: slice(b, b + sizes[name]) for name, b in zip(sizes, begins, strict=True)}
         self.host = {name: self._host[part] for name, part in where.items()}
         self.device = {name: self._device[part] for name, part in where.items()}
 
@@ -197,8 +197,8 @@ class CapturedStep:
         """Sends a call's arrays, and plans its wrapper."""
         wrapper, block, bound = self._wrappers[i], self._blocks[i], self._plans[i]
         qo_indptr, indptr, last, pages = (block.write(name, getattr(call, name)) for name in _NAMES)
-        block.send(len(block.host["kv_page_indices"]) - len(pages))
-        tables = (qo_indptr, indptr, block.device["kv_page_indices"][: len(pages)], last)
+        block.send(len(block.host[_PAGES]) - len(pages))
+        tables = (qo_indptr, indptr, block.device[_PAGES][: len(pages)], last)
         if bound is None:
             wrapper.begin()
             self._backend.plan_call(wrapper, call, tables)

@@ -175,10 +175,9 @@ class FlashInferBackend:
         if not work.direct and known is None:
             codes = (work.query_codes, work.part_indptr, work.part_codes)
         arrays = [used[i].arrays(work.calls[i]) for i in new]
-        on_device, on_cpu = wrappers.stage(
-            [*codes, *(array for to_send, _ in arrays for array in to_send)],
-            [array for _, to_keep in arrays for array in to_keep],
-        )
+        staged = [*codes, *(array for to_send, _ in arrays for array in to_send)]
+        lists = [i for i, array in enumerate(staged) if any(array is work.calls[k].kv_page_indices for k in new)]
+        on_device, on_cpu = wrappers.stage(staged, [array for _, to_keep in arrays for array in to_keep], lists)
         sent, kept = iter(on_device[len(codes) :]), iter(on_cpu)
         for i, (to_send, to_keep) in zip(new, arrays, strict=True):
             call, tables = work.calls[i], ([next(sent) for _ in to_send], [next(kept) for _ in to_keep])

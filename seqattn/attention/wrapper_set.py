@@ -14,7 +14,7 @@ left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from attrs import define, field
 
+from seqattn.attention.places import laid_out
 from seqattn.attention.wrapper import Wrapper
 from seqattn.load import is_short
 
@@ -82,14 +83,17 @@ class WrapperSet:
             self._copied.record(torch.cuda.current_stream(self.manager.device.index))
 
     def stage(
-        self, to_send: Sequence[Int32Array], to_keep: Sequence[Int32Array]
+        self, to_send: Sequence[Int32Array], to_keep: Sequence[Int32Array], lists: Collection[int] = ()
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Puts arrays in pinned memory: the first on the device too, in one copy, the others on the CPU alone."""
+        """Puts arrays in pinned memory: the first on the device too, in one copy, the others on the CPU alone.
+
+        Args:
+            to_send: int32.
+            to_keep: likewise.
+            lists: which of those to send are page numbers (`laid_out`).
+        """
         arrays = [*to_send, *to_keep]
-        # Each begins at a multiple of 16 bytes.
-        begins = [0]
-        for array in arrays:
-            begins.append(begins[-1] + -(-len(array) // 4) * 4)
+        begins = laid_out([len(array) for array in arrays], lists)
         if self._pinned is None or len(self._pinned) < begins[-1]:
             self._pinned = torch.empty(2 * begins[-1], dtype=torch.int32, pin_memory=self.manager.device.type == "cuda")
             self._memory = self._pinned.numpy()
@@ -97,7 +101,8 @@ class WrapperSet:
         assert memory is not None
         for array, begin in zip(arrays, begins, strict=False):
             memory[begin : begin + len(array)] = array
-        sent = self._pinned[: begins[len(to_send)]].to(self.manager.device, non_blocking=True)
+        end = begins[len(to_send) - 1] + len(to_send[-1]) if to_send else 0
+        sent = self._pinned[:end].to(self.manager.device, non_blocking=True)
         where = [slice(begin, begin + len(array)) for array, begin in zip(arrays, begins, strict=False)]
         return [sent[part] for part in where[: len(to_send)]], [self._pinned[part] for part in where[len(to_send) :]]
 

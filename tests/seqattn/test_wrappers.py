@@ -10,6 +10,7 @@ import torch
 
 from seqattn.append import sent, side_by_side
 from seqattn.attention.calls import KernelCall
+from seqattn.attention.places import PAGES_AT
 from seqattn.attention.views import Spans
 from seqattn.attention.wrapper import Wrapper
 from seqattn.attention.wrapper_set import WrapperSet, wait_for
@@ -25,7 +26,12 @@ def test_staged_arrays_are_aligned_and_kept() -> None:
     for _ in range(2):
         sent, kept = wrappers.stage(arrays[:2], arrays[2:])
         assert [t.tolist() for t in (*sent, *kept)] == [a.tolist() for a in arrays]
-        assert all(t.data_ptr() % 16 == 0 for t in (*sent, *kept) if len(t))
+        assert all(t.data_ptr() % 32 == 0 for t in (*sent, *kept) if len(t))
+        sent, kept = wrappers.stage(arrays, [], [0, 3])
+        assert not kept
+        assert [t.tolist() for t in sent] == [a.tolist() for a in arrays]
+        assert [t.data_ptr() % 32 // 4 for t in sent if len(t)] == [PAGES_AT, 0, PAGES_AT]
+        assert wrappers.stage([], []) == ([], [])
 
 
 def test_workspaces_are_large_enough_for_what_is_planned() -> None:
