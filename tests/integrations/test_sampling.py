@@ -96,6 +96,17 @@ def test_a_seed_gives_the_same_answer_alone_in_a_batch_warm_and_after_preemption
         assert (preemptions > 0) == (num_pages == 10)
 
 
+def test_a_row_draws_the_same_beside_rows_of_other_options() -> None:
+    several: list[dict[str, Any]] = [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 9, "top_p": 0.9}, {"temperature": 0.0}]
+    draws = [Draw(Sampling(**({"temperature": 1.3, "seed": i} | options))) for i, options in enumerate(several * 20)]
+    logits = torch.randn(len(draws), 64, generator=torch.Generator().manual_seed(0))
+    together = choose_tokens(logits, draws, range(len(draws))).tolist()
+    alone = [
+        choose_tokens(row[None], [draw], [i]).item() for i, (row, draw) in enumerate(zip(logits, draws, strict=True))
+    ]
+    assert together == alone
+
+
 def test_two_seeds_give_two_answers() -> None:
     pytest.importorskip("transformers", reason="needs the extra chat")
     engine = engine_for()

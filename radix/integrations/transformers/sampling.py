@@ -76,6 +76,11 @@ class Sampling:
         """Whether nothing is drawn."""
         return self.temperature == 0
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether only some of the tokens are kept."""
+        return self.top_k is not None or self.top_p < 1
+
 
 class Draw:
     """The sampling of one request: its options, and the numbers of its tokens.
@@ -121,14 +126,17 @@ def choose_tokens(logits: torch.Tensor, draws: Sequence[Draw], nth: Sequence[int
     """
     tokens = logits.argmax(dim=-1)
     drawn = [i for i, draw in enumerate(draws) if not draw.sampling.is_greedy]
-    if drawn:
-        index = sent(np.array(drawn), logits.device)
-        tokens[index] = _drawn_tokens(logits[index], [draws[i] for i in drawn], [nth[i] for i in drawn])
+    # Apart: a row draws in the order of the vocabulary or of its scores by its own options alone, whoever is beside it.
+    for is_cut in (False, True):
+        rows = [i for i in drawn if draws[i].sampling.is_cut == is_cut]
+        if rows:
+            index = sent(np.array(rows), logits.device)
+            tokens[index] = _drawn_tokens(logits[index], [draws[i] for i in rows], [nth[i] for i in rows])
     return tokens
 
 
 def _drawn_tokens(logits: torch.Tensor, draws: Sequence[Draw], nth: Sequence[int]) -> torch.Tensor:
-    """A drawn token for each row, int64 [rows]."""
+    """A drawn token for each row, int64 [rows]; all of them are cut, or none is."""
     options = [draw.sampling for draw in draws]
     uniform = [draw.uniform(n) for draw, n in zip(draws, nth, strict=True)]
     numbers = [[o.temperature, o.top_p, o.top_k or logits.shape[-1], u] for o, u in zip(options, uniform, strict=True)]
@@ -137,7 +145,7 @@ def _drawn_tokens(logits: torch.Tensor, draws: Sequence[Draw], nth: Sequence[int
     scores = logits.double()
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature  # at most 0: nothing is too large to divide
     order = None
-    if any(o.top_k is not None or o.top_p < 1 for o in options):
+    if options[0].is_cut:
         scores, order = scores.sort(dim=-1, descending=True, stable=True)
         scores = scores.masked_fill(torch.arange(scores.shape[-1], device=scores.device) >= top_k, -math.inf)
     cumulated = torch.softmax(scores, dim=-1).cumsum(dim=-1)
