@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from radix.integrations.transformers import Chat, Engine, Request, sessions_for
-from seqattn.errors import LengthError
+from seqattn.errors import LengthError, NoPageError
 
 SCRIPT = [
     "What is a list in Python?",
@@ -73,7 +73,7 @@ def talk(engine: Engine, args: argparse.Namespace, console: Console) -> list[Req
                 console.print(f"[bold]you:[/] {message}")
             try:
                 request = chat.submit(message, max_new_tokens=args.max_new_tokens)
-            except LengthError as error:
+            except (LengthError, NoPageError) as error:
                 console.print(f"[red]{error}[/]")
                 break
             try:

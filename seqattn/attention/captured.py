@@ -157,17 +157,18 @@ class CapturedStep:
             finally:
                 self._copied.record()
             for fixed, given in zip(self._inputs, inputs, strict=True):
-                fixed[: len(given)].copy_(given, non_blocking=True)
+                fixed[: len(given)].copy_(given.detach(), non_blocking=True)
 
     def _write_tables(self, work: Work, places: npt.NDArray[np.int32]) -> None:
         filled = np.full((2, self.form.num_rows), -1, dtype=np.int32)
         filled[:, : places.shape[1]] = places
         self._codes.write("places", filled.ravel())
         if not self.form.direct and work.part_codes is not self._codes_of:
-            self._codes_of = work.part_codes
+            self._codes_of = None  # until all are written
             for name in ("query_codes", "part_indptr", "part_codes"):
                 self._codes.write(name, getattr(work, name))
         self._codes.send()
+        self._codes_of = work.part_codes
         if not self._wrappers:
             self._make(work)
         for i, call in enumerate(work.calls):
@@ -196,11 +197,12 @@ class CapturedStep:
     def _plan(self, call: KernelCall, i: int) -> None:
         """Sends a call's arrays, and plans its wrapper."""
         wrapper, block, bound = self._wrappers[i], self._blocks[i], self._plans[i]
+        if bound is None:
+            wrapper.begin()  # first: an interrupt leaves nothing planned whose tables are others
         qo_indptr, indptr, last, pages = (block.write(name, getattr(call, name)) for name in _NAMES)
         block.send(len(block.host[_PAGES]) - len(pages))
         tables = (qo_indptr, indptr, block.device[_PAGES][: len(pages)], last)
         if bound is None:
-            wrapper.begin()
             self._backend.plan_call(wrapper, call, tables)
             return
         lengths = torch.from_numpy(call.lens(self._backend.manager.page_size))

@@ -108,6 +108,10 @@ class WrapperSet:
 
     def sized(self, call: KernelCall, lane: int, nth: int) -> Wrapper:
         """The nth wrapper of the call's kind on a stream, with workspaces that are large enough for the call."""
+        with torch.inference_mode(mode=False):  # a plan outside of it could not write to memory that is made inside
+            return self._sized(call, lane, nth)
+
+    def _sized(self, call: KernelCall, lane: int, nth: int) -> Wrapper:
         kind = "short" if self._is_short(call) else call.kind[0]
         found = self._by_kind.setdefault((kind, lane, call.by_group), [])
         float_size, int_size = self._workspace_sizes(call)
