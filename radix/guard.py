@@ -114,9 +114,14 @@ def _cause(held: str, given: str) -> Cause | None:
     return "text put in" if _shift(given, held) else None
 
 
+def _agree(text: str, other: str) -> bool:
+    """Whether one of them goes on from the other."""
+    return text.startswith(other) or other.startswith(text)
+
+
 def _shift(longer: str, shorter: str) -> int:
     """How much of `longer` comes before what `shorter` begins with, as far as either goes; 0 if that is not there."""
     at = longer.find(shorter[:_LEAST], 1) if len(shorter) >= _LEAST else -1
-    while at > 0 and not shorter.startswith(longer[at : at + _ANCHOR]):
+    while at > 0 and not _agree(longer[at : at + _ANCHOR], shorter[:_ANCHOR]):
         at = longer.find(shorter[:_LEAST], at + 1)
     return max(at, 0)

@@ -77,12 +77,12 @@ def constants_for(chip: Chip, *, version: str | None = None, environ: Mapping[st
         version: of flashinfer; None for the installed one.
         environ: environment variables that say where files are; None for the process's.
     """
-    path = path_of(chip.name, version=version, environ=environ)
-    if path.is_file():
-        try:
+    try:
+        path = path_of(chip.name, version=version, environ=environ)
+        if path.is_file():
             return load_constants(path, chip, version=version)
-        except ConstantsError as error:
-            warnings.warn(f"measured constants are not used: {error}", RuntimeWarning, stacklevel=2)
+    except (ConstantsError, OSError, RuntimeError) as error:  # also a folder that may not be read, or no home
+        warnings.warn(f"measured constants are not used: {error}", RuntimeWarning, stacklevel=2)
     return scaled(chip)
 
 

@@ -113,9 +113,12 @@ class Chat:
         request = self.submit(message, **options)
         try:
             self.engine.wait([request])
-        finally:
-            self.engine.cancel(request)
-            self.accept()
+        except BaseException:
+            self._interrupt(request)
+            if request.tokens:  # without any, it is taken back already
+                self.rollback()
+            raise
+        self.accept()
         return request
 
     def stream(self, message: str, **options: Unpack[Options]) -> Generator[Piece, None, None]:
@@ -124,8 +127,7 @@ class Chat:
         try:
             yield from self.engine.follow(request)
         finally:
-            self.engine.cancel(request)
-            self.accept()
+            self._interrupt(request)
 
     async def astream(self, message: str, **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
         """`stream` for `async for`."""
@@ -134,8 +136,12 @@ class Chat:
             async for piece in self.engine.afollow(request):
                 yield piece
         finally:
-            await asyncio.to_thread(self.engine.cancel, request)
-            self.accept()
+            await asyncio.shield(asyncio.to_thread(self._interrupt, request))
+
+    def _interrupt(self, request: Request) -> None:
+        """Ends an answer where it is, if it has not ended."""
+        self.engine.cancel(request)
+        self.accept()
 
     def submit(self, message: str, **options: Unpack[Options]) -> Request:
         """Queues a message; `accept` when the request is finished.
@@ -158,8 +164,7 @@ class Chat:
         try:
             self._update(ids)
         except BaseException:
-            self.engine.cancel(request)
-            self.accept()
+            self._interrupt(request)
             raise
         return request
 

@@ -248,7 +248,8 @@ class Engine:
             async for piece in self.afollow(request):
                 yield piece
         finally:
-            await asyncio.to_thread(self.cancel, request)
+            # A task may be cancelled again and again: the request ends all the same.
+            await asyncio.shield(asyncio.to_thread(self.cancel, request))
 
     async def afollow(self, request: Request) -> AsyncIterator[Piece]:
         """`follow` for `async for`."""
