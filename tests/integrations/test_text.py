@@ -197,6 +197,26 @@ def test_leaving_an_async_stream_cancels_its_request(engine: Engine) -> None:
     check_all_free(engine)
 
 
+def test_a_task_that_is_cancelled_again_and_again_leaves_no_request(engine: Engine) -> None:
+    async def listen() -> None:
+        async for _ in engine.astream("Hello", max_new_tokens=200, stop_tokens=()):
+            pass
+
+    async def interrupt() -> None:
+        task = asyncio.create_task(listen())
+        while not engine.num_running:
+            await asyncio.sleep(0.001)
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    for _ in range(5):
+        asyncio.run(interrupt())
+        check_all_free(engine)
+
+
 def test_special_tokens_are_not_part_of_the_text() -> None:
     stream = TextStream(TOKENIZER)
     stream.push([0, *ids_of("a"), 3, *ids_of("b"), 1])

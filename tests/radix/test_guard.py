@@ -52,6 +52,7 @@ CASES = [
         3,
         "text put in",
     ),
+    ("system user hello Paris .", "system user hello well Paris . user more text", 3, "text put in"),
 ]
 
 

@@ -81,6 +81,25 @@ def test_a_file_that_does_not_fit_is_warned_of_and_left_aside(
 
 
 @pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("pathlib.Path.is_file", PermissionError("not yours")),
+        ("seqattn.constants.path_of", RuntimeError("Could not determine home directory")),
+    ],
+    ids=["a folder that is closed", "no home"],
+)
+def test_a_folder_that_cannot_be_looked_at_is_left_aside(
+    where: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(where, refuse)
+    with pytest.warns(RuntimeWarning, match=str(error)):
+        assert constants_for(CHIP) == scaled(CHIP)
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [("plain_us", -1.0), ("num_processors", 0), ("has_fa3", 1), ("decode", {"wave_us": 1.0}), ("margin", "x")],
 )
