@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache, partial
 from types import FrameType
 from typing import Any
 
@@ -40,13 +42,12 @@ class Interrupt:
                 raise KeyboardInterrupt
         return self
 
-    def during(self, engine: Engine) -> bool:
-        """Whether two steps are so long."""
+    def during(self, call: Callable[[], object]) -> bool:
+        """Whether a call is so long."""
         before = sys.gettrace()
         sys.settrace(self)
         try:
-            engine.step()
-            engine.step()
+            call()
         except KeyboardInterrupt:
             return True
         finally:
@@ -54,8 +55,8 @@ class Interrupt:
         return False
 
 
-def started(*, run_ahead: bool) -> tuple[Engine, list[Request]]:
-    engine = engine_for(run_ahead=run_ahead, num_pages=64)
+def started(*, run_ahead: bool, max_requests: int = 8) -> tuple[Engine, list[Request]]:
+    engine = engine_for(run_ahead=run_ahead, num_pages=64, max_requests=max_requests)
     samplings = [Sampling(), Sampling(1.0, seed=3), Sampling()]
     return engine, [
         engine.submit(SYSTEM + prompt(40 + i, 3 + i), max_new_tokens=6 + 4 * i, stop_tokens=(), sampling=sampling)
@@ -63,11 +64,17 @@ def started(*, run_ahead: bool) -> tuple[Engine, list[Request]]:
     ]
 
 
+@cache
+def answers() -> list[list[int]]:
+    """Of the requests that are started, without interrupts."""
+    engine, requests = started(run_ahead=False)
+    return [request.tokens for request in engine.wait(requests)]
+
+
 @pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("num_steps", [0, 1, 4, 8])
 def test_nothing_is_lost_wherever_an_interrupt_comes(num_steps: int, run_ahead: bool) -> None:
-    engine, requests = started(run_ahead=run_ahead)
-    want = [request.tokens for request in engine.wait(requests)]
+    want = answers()
     nth = 1 + 5 * num_steps
     while True:
         engine, requests = started(run_ahead=run_ahead)
@@ -75,7 +82,7 @@ def test_nothing_is_lost_wherever_an_interrupt_comes(num_steps: int, run_ahead: 
             engine.step()
         late = engine.submit(prompt(70, 9), max_new_tokens=3, stop_tokens=())
         interrupt = Interrupt(nth)
-        if not interrupt.during(engine):
+        if not interrupt.during(lambda engine=engine: (engine.step(), engine.step())):  # type: ignore[misc]
             break
         for _ in range(60):
             if engine.num_running or engine.num_waiting:
@@ -85,6 +92,41 @@ def test_nothing_is_lost_wherever_an_interrupt_comes(num_steps: int, run_ahead: 
         check_all_free(engine)
         nth += STRIDE
     assert nth > 200
+
+
+CALLS: dict[str, Callable[[Engine, list[Request]], object]] = {
+    "cancel what runs": lambda engine, requests: engine.cancel(requests[1]),
+    "cancel what waits": lambda engine, requests: engine.cancel(requests[2]),
+    "fork": lambda engine, requests: engine.fork(requests[0], sampling=Sampling()),
+    "close": lambda engine, _: engine.close(),
+}
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+@pytest.mark.parametrize("num_steps", [0, 3])
+@pytest.mark.parametrize("name", list(CALLS))
+def test_nothing_is_lost_where_an_interrupt_comes_between_steps(name: str, num_steps: int, run_ahead: bool) -> None:
+    nth = 1
+    while True:
+        engine, requests = started(run_ahead=run_ahead, max_requests=2)
+        for _ in range(num_steps):
+            engine.step()
+        interrupt = Interrupt(nth)
+        if not interrupt.during(partial(CALLS[name], engine, requests)):
+            break
+        for _ in range(60):
+            if name != "close" and (engine.num_running or engine.num_waiting):
+                engine.step()
+        for request, answer in zip(requests, answers(), strict=True):
+            if name != "close" and request.finish_reason != "cancelled":
+                assert request.tokens == answer, interrupt.where
+        engine.close()
+        assert all(request.is_finished for request in requests), interrupt.where
+        check_all_free(engine)
+        again = [engine.submit(prompt(9, 5), max_new_tokens=1, request_id=request.id) for request in requests]
+        assert all(request.tokens for request in engine.wait(again)), interrupt.where
+        nth += 3
+    assert nth > 10
 
 
 class Once:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from radix.cache import PrefixCache
@@ -292,10 +293,8 @@ class Engine:
         """
         with self._lock:
             self._mend()
-            self._is_torn = True
-            requests = self._accept(self.steps.next())
-            self._is_torn = False
-            return requests
+            with self._torn():
+                return self._accept(self.steps.next())
 
     def cancel(self, request: Request) -> None:
         """Ends a request now; what it has computed is published. Nothing happens if it is finished.
@@ -306,8 +305,9 @@ class Engine:
         with self._lock:
             if not request.is_finished:
                 self._requests.refuse_foreign(request)
-                request.finish_reason = "cancelled"
-                self._end(request, self.clock())
+                with self._torn():
+                    request.finish_reason = "cancelled"
+                    self._end(request, self.clock())
             elif request in self.scheduler.running:  # an interrupt came before
                 self._end(request, self.clock())
 
@@ -322,22 +322,24 @@ class Engine:
             BadValueError: `sampling` is no `Sampling`.
         """
         with self._lock:
+            self._mend()
             if request.is_finished:
                 raise SeqAttnError(f"{request.id!r} is finished and cannot be forked: submit its tokens anew")
             self._requests.refuse_foreign(request)
             number, free_id = self._requests.next_id()
             child = request.copy(free_id, Draw(sampling, len(request.tokens)), self.clock(), number)
             self._refuse_id(child.id, child.namespace)
-            if self.steps.has(request):  # its sequence has a token that it has not
-                self.steps.drop()
-            self._requests.enter(child)
-            if not request.tokens:
-                request.forks.append(child)
-            elif request in self.scheduler.running and not request.is_prefilling:
-                self.scheduler.fork(request, child)
-            else:
-                child.todo = child.all_tokens
-                self.scheduler.inbox.append(child)
+            with self._torn():
+                if self.steps.has(request):  # its sequence has a token that it has not
+                    self.steps.drop()
+                self._requests.enter(child)
+                if not request.tokens:
+                    request.forks.append(child)
+                elif request in self.scheduler.running and not request.is_prefilling:
+                    self.scheduler.fork(request, child)
+                else:
+                    child.todo = child.all_tokens
+                    self.scheduler.inbox.append(child)
             return child
 
     def close(self) -> None:
@@ -410,8 +412,15 @@ class Engine:
             raise errors[0]
         return requests
 
+    @contextmanager
+    def _torn(self) -> Iterator[None]:
+        """What does not come to its end inside, for an error or an interrupt, is for `_mend`."""
+        before, self._is_torn = self._is_torn, True
+        yield
+        self._is_torn = before
+
     def _mend(self) -> None:
-        """After a step that did not come to its end: every open request is in its place again."""
+        """After what did not come to its end: every open request is in its place again."""
         if self._is_torn:
             self.steps.drop()
             for request in self._requests.gather(self.scheduler):
