@@ -12,7 +12,6 @@ import torch
 
 from radix import PrefixCache, RetokenisationWarning, Sessions
 from radix.integrations.transformers import Chat, Engine, manager_for, sessions_for
-from radix.integrations.transformers.attention import Step
 from seqattn.errors import BadValueError, LengthError, SeqAttnError, SessionError
 from tests.integrations.byte_tokenizer import NUM_SPECIAL, VOCAB_SIZE, ByteTokenizer
 from tests.integrations.models import Untyped, check_all_free, engine_for, make
@@ -133,28 +132,6 @@ def test_where_warnings_are_errors_the_message_is_taken_back() -> None:
     assert (chat.messages, chat.session.tokens.tolist(), chat.session.lengths, chat.session.last_break) == before
     with pytest.warns(RetokenisationWarning):
         assert chat.ask("again", max_new_tokens=5).tokens
-    engine.cache.check()
-
-
-@pytest.mark.parametrize("num_forwards", [1, 4])
-def test_a_message_is_taken_back_where_the_model_fails(num_forwards: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = engine_that_says(LETTERS, ChatTokenizer())
-    chat = Chat(engine, sessions_for(engine).open("ann"))
-    chat.ask("one", max_new_tokens=5)
-    before = chat.messages[:], chat.session.tokens.tolist()
-    forward, left = engine.runner.forward, iter(range(num_forwards - 1))
-
-    def fail(step: Step) -> torch.Tensor:
-        if next(left, None) is None:
-            raise RuntimeError("out of memory")
-        return forward(step)
-
-    monkeypatch.setattr(engine.runner, "forward", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        chat.ask("two", max_new_tokens=5)
-    monkeypatch.undo()
-    assert (chat.messages, chat.session.tokens.tolist()) == before
-    assert chat.ask("two", max_new_tokens=5).tokens
     engine.cache.check()
 
 

@@ -130,7 +130,7 @@ class Chat:
             self._interrupt(request)
 
     async def astream(self, message: str, **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
-        """`stream` for `async for`."""
+        """`stream` for `async for`; who leaves that early closes it (`contextlib.aclosing`) before the next message."""
         request = self.submit(message, **options)
         try:
             async for piece in self.engine.afollow(request):
@@ -183,16 +183,22 @@ class Chat:
         If it was cancelled before its first token, the message is taken back.
 
         Raises:
-            SessionError: nothing was asked, or the request is not finished.
+            SessionError: nothing was asked, the request is not finished, or the session has been closed meanwhile.
+                Nothing has changed.
         """
         if self._asked is None or not self._asked[0].is_finished:
             raise SessionError(f"session {self.session.id!r} has no finished request to accept")
-        (request, turn), self._asked = self._asked, None
+        if not self.session.is_open:
+            raise SessionError(f"session {self.session.id!r} is closed: its answer cannot be kept")
+        request, turn = self._asked
         if not request.tokens:
+            self._asked = None
             self.rollback()
             return
-        self.messages += [turn, {"role": "assistant", "content": request.text}]
-        self.session.append(request.tokens_of_text())
+        answer, tokens = {"role": "assistant", "content": request.text}, request.tokens_of_text()
+        self.session.append(tokens)
+        self.messages += [turn, answer]
+        self._asked = None
 
     # -- branches -----------------------------------------------------------------------------------------------------
 

@@ -243,7 +243,10 @@ class Engine:
             yield from reader.read()
 
     async def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
-        """`stream` for `async for`: steps run in a thread, so that the loop goes on; one step serves all who wait."""
+        """`stream` for `async for`: steps run in a thread, so that the loop goes on; one step serves all who wait.
+
+        An `async for` that is left early closes its generator some time later; `contextlib.aclosing` does it at once.
+        """
         request = self.submit(prompt, **options)
         try:
             async for piece in self.afollow(request):
