@@ -118,7 +118,8 @@ def _score(rows: Sequence[Row]) -> str:
     judged = [judge(claim, rows) for claim in CLAIMS if claim.at_least is not None or claim.at_most is not None]
     run = [found for found in judged if found.ours]
     skipped = f"; {len(judged) - len(run)} more were not run" if len(run) < len(judged) else ""
-    return f"{sum(found.is_met is True for found in run)} of {len(run)} promises are kept{skipped}."
+    kept = f"{sum(found.is_met is True for found in run)} of {len(run)} promises for the host are kept{skipped}"
+    return f"{kept}; those for the GPU are [below](#attention-on-a-gpu)."
 
 
 def _hit_rates(rows: Sequence[Row]) -> str:
