@@ -24,6 +24,7 @@ A batch is padded to the next batch size. What else a graph fixes, the kernels o
 from __future__ import annotations
 
 from collections import OrderedDict
+from operator import is_
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -105,6 +106,7 @@ class DecodeGraphs(Generic[Out]):
         self._sizes = Sizes(attention.num_qo_heads // manager.num_heads, manager.num_pages, pages_each)
         self._steps: OrderedDict[Any, CapturedStep] = OrderedDict()
         self._seen: OrderedDict[Any, int] = OrderedDict()
+        self._memory = manager.get_memory_tensors()  # that graphs read and write, by its address
         self._backend: Any = attention._impl if attention.backend == "flashinfer" else None
         self._launcher = launcher_for(manager)
         #: that of `PagedAttention.plan`, which finds the same levels again for a step without a graph
@@ -126,6 +128,7 @@ class DecodeGraphs(Generic[Out]):
         """
         if not self.captures:
             return
+        self._follow_memory()
         work, places = nothing(), np.zeros((2, 0), dtype=np.int32)
         for num_rows in reversed(self.batch_sizes):
             form = form_of(work, num_rows, self._sizes)
@@ -197,6 +200,7 @@ class DecodeGraphs(Generic[Out]):
         num_rows = next((size for size in self.batch_sizes if size >= plan.num_rows), None)
         if self._backend is None or num_rows is None or not plan.num_rows:
             return None
+        self._follow_memory()
         work = self._backend.work(plan)
         if any(call.span is not None for call in work.calls):
             # Such a graph holds the prompt's place in memory; one that reads page by page serves any prompt.
@@ -206,6 +210,14 @@ class DecodeGraphs(Generic[Out]):
             paged = page_by_page(work, self._paged)
             self._paged, work = (work, paged), paged
         return self._graph_of(work, num_rows, (places, inputs), self._capture_after)
+
+    def _follow_memory(self) -> None:
+        """Forgets all graphs if the manager has other memory now."""
+        memory = self.attention.manager.get_memory_tensors()
+        if not all(map(is_, memory, self._memory)):
+            self._steps.clear()
+            self._seen.clear()
+            self._memory = memory
 
     def _graph_of(
         self, work: Work, num_rows: int, given: tuple[Int32Array, Sequence[torch.Tensor]], capture_after: int

@@ -264,6 +264,16 @@ def test_a_prompt_in_one_piece_gets_a_graph_of_its_own_when_it_stays(monkeypatch
     assert len(found.captured) == 2
 
 
+@pytest.mark.parametrize("name", ["key_cache", "value_cache"])
+def test_graphs_of_memory_that_was_replaced_are_not_replayed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Captures(monkeypatch)
+    assert [found.used(5) for _ in range(4)] == ["eager", None, None, None]
+    for _ in range(2):
+        setattr(found.manager, name, getattr(found.manager, name).clone())
+        assert [found.used(5) for _ in range(4)] == ["eager", None, None, None]
+    assert len(found.captured) == 3
+
+
 class FakeStream:
     """Notes which streams it waits for."""
 
