@@ -161,7 +161,8 @@ def padded_batch(caches: DynamicCaches, work: Conversations, options: argparse.N
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/chat_baseline.jsonl"))
+    recorded = Path("benchmarks/results/chat_baseline.jsonl")
+    parser.add_argument("--out", type=Path, help=f"{recorded} by default; with --tiny none")
     for name, value in (("conversations", 32), ("system", 1000), ("batch", 8), ("new", 32)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--tiny", action="store_true", help="random weights of a tiny shape, to see it run")
@@ -188,7 +189,9 @@ def main() -> None:
         json.dumps({"impl": impl, **{k: round(v, 2) for k, v in row.items()}, **about}) for impl, row in found.items()
     ]
     print(*lines, sep="\n")
-    options.out.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    out = options.out or (None if options.tiny else recorded)
+    if out is not None:
+        out.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import flashinfer
 import numpy as np
 import torch
 
@@ -119,6 +119,8 @@ class Step:
 
 def plain_by_hand(step: Step) -> tuple[Callable[[], None], Callable[[], None]]:
     """The decode wrapper of flashinfer as its documentation has it: plan, and a run of every layer."""
+    import flashinfer
+
     workspace = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
     indptr = torch.from_numpy(np.concatenate(([0], np.cumsum(step.lens // PAGE_SIZE))).astype(np.int32))
@@ -139,6 +141,8 @@ def plain_by_hand(step: Step) -> tuple[Callable[[], None], Callable[[], None]]:
 
 def cascade_by_hand(step: Step) -> tuple[Callable[[], None], Callable[[], None]]:
     """The MultiLevelCascadeAttentionWrapper of flashinfer with every level of the forest."""
+    import flashinfer
+
     data = step.packed(None)
     workspace = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(len(data.levels), workspace, "NHD")
@@ -229,7 +233,7 @@ def main() -> None:
     about = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "flashinfer": flashinfer.__version__,
+        "flashinfer": version("flashinfer-python"),
         "copy TB/s": round(rates["copy"] / 1e12, 2),
         "matrix TFLOP/s": round(rates["matrix"] / 1e12),
         "heads": options.heads,

@@ -12,7 +12,7 @@ import attrs
 from seqattn.calibrate import calibrate, calibration_shapes, lasting, measure
 from seqattn.command import run_command
 from seqattn.constants import Chip, constants_for, load_constants, path_of, save_constants, scaled
-from seqattn.errors import MissingExtraError, TensorError
+from seqattn.errors import ConstantsError, MissingExtraError, TensorError
 from seqattn.fit import Measured, predict
 from seqattn.load import Heads
 
@@ -97,8 +97,11 @@ def _calibrate(options: _Options) -> None:
     chip = _chip(options.device)
     path = path_of(chip.name) if options.out is None else options.out
     if options.show:
-        source = str(path) if path.is_file() else "what comes with seqattn, for lack of a file"
-        console.print(_table(f"{chip.name}: constants of {source}", constants_for(chip)))
+        try:
+            found, source = load_constants(path, chip), str(path)
+        except ConstantsError:  # of which it is warned, unless there is none
+            found, source = constants_for(chip), "what comes with seqattn, for lack of a file that fits"
+        console.print(_table(f"{chip.name}: constants of {source}", found))
         return
     if find_spec("flashinfer") is None:
         raise MissingExtraError("flashinfer", "flashinfer")
