@@ -264,8 +264,7 @@ def _storable(dtype: torch.dtype) -> torch.dtype:
         raise TensorError(f"dtype must be a torch.dtype, not {given!r}")
     try:
         torch.zeros(1, dtype=dtype)
-    # torch cannot be asked whether a dtype has memory of its own (quantised ones have none): making some tells, by a
-    # RuntimeError or by NotImplementedError, which is one.
+    # torch cannot be asked whether a dtype has memory of its own (quantised ones have none): making some tells.
     except RuntimeError as error:
         raise TensorError(f"memory of dtype {dtype} cannot be made: {error}") from error
     return dtype

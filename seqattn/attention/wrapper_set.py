@@ -108,10 +108,6 @@ class WrapperSet:
 
     def sized(self, call: KernelCall, lane: int, nth: int) -> Wrapper:
         """The nth wrapper of the call's kind on a stream, with workspaces that are large enough for the call."""
-        with torch.inference_mode(mode=False):  # a plan outside of it could not write to memory that is made inside
-            return self._sized(call, lane, nth)
-
-    def _sized(self, call: KernelCall, lane: int, nth: int) -> Wrapper:
         kind = "short" if self._is_short(call) else call.kind[0]
         found = self._by_kind.setdefault((kind, lane, call.by_group), [])
         float_size, int_size = self._workspace_sizes(call)
@@ -174,13 +170,16 @@ class WrapperSet:
         """
         found = self.workspaces.get(lane)
         if found is None or len(found) < size:
-            found = self.workspaces[lane] = torch.zeros(size, dtype=torch.uint8, device=self.manager.device)
+            with torch.inference_mode(mode=False):
+                found = self.workspaces[lane] = torch.zeros(size, dtype=torch.uint8, device=self.manager.device)
         return found
 
+    @torch.inference_mode(mode=False)  # what is made inside of it no plan outside could write to
     def _give(self, made: Any, workspace: torch.Tensor, int_size: int) -> None:  # noqa: ANN401  flashinfer's, untyped
         ints = torch.empty(int_size, dtype=torch.uint8, device=self.manager.device)
         made.reset_workspace_buffer(workspace, ints)
 
+    @torch.inference_mode(mode=False)
     def _make(self, kernel: str, workspace: torch.Tensor, buffers: dict[str, torch.Tensor] | None = None) -> Any:  # noqa: ANN401  as above
         import flashinfer
 

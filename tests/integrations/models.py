@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+from collections.abc import Callable, Coroutine
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -81,6 +83,21 @@ def engine_for(kind: str = "Llama", *, num_pages: int = 256, page_size: int = 8,
     """An engine without a tokenizer over a new model and cache."""
     model = copy.deepcopy(truth(kind))
     return Engine(model, None, PrefixCache(manager_for(model, num_pages=num_pages, page_size=page_size)), **options)
+
+
+def cancel_again_and_again(engine: Engine, listen: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Runs a task that listens to an answer, and cancels it once its request runs, until it has ended."""
+
+    async def interrupt() -> None:
+        task = asyncio.create_task(listen())
+        while not engine.num_running:
+            await asyncio.sleep(0.001)
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+        assert task.cancelled()
+
+    asyncio.run(interrupt())
 
 
 def check_all_free(engine: Engine) -> None:

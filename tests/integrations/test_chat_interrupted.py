@@ -8,16 +8,21 @@ import contextlib
 import pytest
 import torch
 
-from radix.integrations.transformers import Chat, sessions_for
+from radix.integrations.transformers import Chat, Engine, sessions_for
 from radix.integrations.transformers.attention import Step
 from seqattn.errors import SessionError
+from tests.integrations.models import cancel_again_and_again
 from tests.integrations.test_chat import LETTERS, ChatTokenizer, engine_that_says
+
+
+def chatting() -> tuple[Engine, Chat]:
+    engine = engine_that_says(LETTERS, ChatTokenizer())
+    return engine, Chat(engine, sessions_for(engine).open("ann"))
 
 
 @pytest.mark.parametrize("num_forwards", [1, 4])
 def test_a_message_is_taken_back_where_the_model_fails(num_forwards: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = engine_that_says(LETTERS, ChatTokenizer())
-    chat = Chat(engine, sessions_for(engine).open("ann"))
+    engine, chat = chatting()
     chat.ask("one", max_new_tokens=5)
     before = chat.messages[:], chat.session.tokens.tolist()
     forward, left = engine.runner.forward, iter(range(num_forwards - 1))
@@ -37,8 +42,7 @@ def test_a_message_is_taken_back_where_the_model_fails(num_forwards: int, monkey
 
 
 def test_an_answer_of_a_session_that_was_closed_meanwhile_changes_nothing() -> None:
-    engine = engine_that_says(LETTERS, ChatTokenizer())
-    chat = Chat(engine, sessions_for(engine).open("ann"))
+    engine, chat = chatting()
     chat.ask("one", max_new_tokens=5)
     request = chat.submit("two", max_new_tokens=5)
     chat.session.close()
@@ -51,8 +55,7 @@ def test_an_answer_of_a_session_that_was_closed_meanwhile_changes_nothing() -> N
 
 
 def test_an_async_answer_that_is_left_is_closed_before_the_next_message() -> None:
-    engine = engine_that_says(LETTERS, ChatTokenizer())
-    chat = Chat(engine, sessions_for(engine).open("ann"))
+    engine, chat = chatting()
 
     async def talk() -> None:
         async with contextlib.aclosing(chat.astream("one", max_new_tokens=9)) as pieces:
@@ -66,21 +69,12 @@ def test_an_async_answer_that_is_left_is_closed_before_the_next_message() -> Non
 
 
 def test_an_async_answer_whose_task_is_cancelled_again_and_again_is_accepted() -> None:
-    engine = engine_that_says(LETTERS, ChatTokenizer())
-    chat = Chat(engine, sessions_for(engine).open("ann"))
+    engine, chat = chatting()
 
     async def listen() -> None:
         async for _ in chat.astream("one", max_new_tokens=200):
             pass
 
-    async def interrupt() -> None:
-        task = asyncio.create_task(listen())
-        while not engine.num_running:
-            await asyncio.sleep(0.001)
-        while not task.done():
-            task.cancel()
-            await asyncio.sleep(0)
-
-    asyncio.run(interrupt())
+    cancel_again_and_again(engine, listen)
     assert (engine.num_running, engine.num_waiting) == (0, 0)
     assert chat.ask("two", max_new_tokens=5).tokens

@@ -13,7 +13,7 @@ from radix.integrations.transformers import Engine, Piece, manager_for
 from radix.integrations.transformers.text import TextStream, encode
 from seqattn import BadValueError, TokenError
 from tests.integrations.byte_tokenizer import NUM_SPECIAL, VOCAB_SIZE, ByteTokenizer
-from tests.integrations.models import Untyped, check_all_free, engine_for, make, prompt
+from tests.integrations.models import Untyped, cancel_again_and_again, check_all_free, engine_for, make, prompt
 
 pytest.importorskip("transformers", reason="needs the extra chat")
 
@@ -202,18 +202,8 @@ def test_a_task_that_is_cancelled_again_and_again_leaves_no_request(engine: Engi
         async for _ in engine.astream("Hello", max_new_tokens=200, stop_tokens=()):
             pass
 
-    async def interrupt() -> None:
-        task = asyncio.create_task(listen())
-        while not engine.num_running:
-            await asyncio.sleep(0.001)
-        while not task.done():
-            task.cancel()
-            await asyncio.sleep(0)
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
     for _ in range(5):
-        asyncio.run(interrupt())
+        cancel_again_and_again(engine, listen)
         check_all_free(engine)
 
 

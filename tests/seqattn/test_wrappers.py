@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,6 +34,27 @@ def test_staged_arrays_are_aligned_and_kept() -> None:
         assert [t.tolist() for t in sent] == [a.tolist() for a in arrays]
         assert [t.data_ptr() % 32 // 4 for t in sent if len(t)] == [PAGES_AT, 0, PAGES_AT]
         assert wrappers.stage([], []) == ([], [])
+
+
+def test_wrappers_that_are_made_in_inference_mode_can_be_planned_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They keep memory that later plans write to, which torch would refuse."""
+
+    class Made:
+        def __init__(self, *_: object, **__: object) -> None:
+            self.memory = [torch.zeros(1)]
+
+        def reset_workspace_buffer(self, *given: torch.Tensor) -> None:
+            self.memory += [*given, torch.zeros(1)]
+
+    kinds = ("BatchPrefillWithPagedKVCache", "BatchPrefillWithRaggedKVCache", "BatchDecodeWithPagedKVCache")
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(**{f"{kind}Wrapper": Made for kind in kinds}))
+    manager = PagedKVCacheManager(4, 16, 1, 4, torch.float32, "cpu")
+    wrappers = WrapperSet(manager, 1, 132, {})
+    with torch.inference_mode():
+        made = [wrappers._make(kind, wrappers.workspace(0, 64)) for kind in ("fa2", "fa3 in line", "decode", "short")]
+        for each in made:
+            wrappers._give(each, wrappers.workspace(1, 64), 64)
+    assert [memory.is_inference() for each in made for memory in each.memory] == [False] * 16
 
 
 def test_workspaces_are_large_enough_for_what_is_planned() -> None:
