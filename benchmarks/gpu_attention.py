@@ -1,7 +1,7 @@
 """Decode attention on a GPU: plain, flashinfer's own cascade, and levels composed and chosen by this library.
 
     python -m benchmarks.gpu_attention --out DIR [--only known|random|ragged] [--every-choice] [--heads 32 8 128]
-        [--random 20] [--seed 0] [--scattered]
+        [--random 20] [--seed 0] [--scattered] [--ragged]
 
 Writes a row for each measurement to DIR/rows.jsonl and prints a table. A step is planned once and run in four layers,
 each with memory of its own, so that the L2 cache keeps nothing from one replay to the next; times are a layer's.
@@ -12,7 +12,7 @@ that the constants of the planner were not fitted to.
 
 Prompts and documents lie side by side in memory, as a fresh allocator hands out pages, the rest in random places;
 "scattered" is ours with every page in a random place, and with --scattered all is measured so. Sequences of "ragged"
-shapes have between a quarter of the own tokens that the shape says and twice as many.
+shapes, and of all with --ragged, have between a quarter of the own tokens that the shape says and twice as many.
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ class Step:
         self.shape = shape
         heads: list[int] = options.heads
         self.num_qo_heads, num_kv_heads, head_dim = heads
-        is_ragged = options.only == "ragged"
-        self.tables = tables_of(shape, options.seed, in_line=not options.scattered, ragged=is_ragged)
+        self.tables = tables_of(shape, options.seed, in_line=not options.scattered, ragged=options.ragged)
         self.scattered = scattered(self.tables, options.seed)
         self.lens = np.array([len(table) * PAGE_SIZE for table in self.tables], dtype=np.int64)
         self.ones = np.ones_like(self.lens)
@@ -223,11 +222,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=["known", "random", "ragged"])
     parser.add_argument("--scattered", action="store_true")
+    parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--random", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every-choice", action="store_true")
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128])
     options = parser.parse_args()
+    options.ragged = options.ragged or options.only == "ragged"
     torch.manual_seed(0)
     rates = {"copy": copy_rate(), "matrix": matrix_rate()}
     about = {
@@ -240,7 +241,7 @@ def main() -> None:
         "dtype": str(DTYPE),
         "seed": options.seed,
         "in_line": not options.scattered,
-        "ragged": options.only == "ragged",
+        "ragged": options.ragged,
     }
     print(json.dumps(about))
     drawn = random_shapes(options.random, options.seed)
