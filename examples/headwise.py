@@ -9,6 +9,8 @@ a page, the batch of attention has a row for each sequence and KV head.
     python examples/headwise.py
 """
 
+import argparse
+
 import torch
 
 from seqattn import CacheDescriptor, HeadIDGenerator, PagedAttention, PagedKVCacheManager
@@ -24,6 +26,7 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     manager = PagedKVCacheManager(100, PAGE_SIZE, num_heads=1, head_dim=HEAD_DIM, dtype=torch.float32, device="cpu")
     descriptor = CacheDescriptor(manager)

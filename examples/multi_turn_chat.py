@@ -6,6 +6,8 @@ runs twice: through the cache, and cold through an empty one. The replies are th
     python examples/multi_turn_chat.py
 """
 
+import argparse
+
 import torch
 
 from radix import PrefixCache
@@ -31,8 +33,7 @@ class Model:
         self.manager = PagedKVCacheManager(
             num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, torch.float64, "cpu", num_layers=NUM_LAYERS
         )
-        self.cache = PrefixCache(self.manager)
-        self.attention = PagedAttention(self.manager, NUM_HEADS)
+        self.cache, self.attention = PrefixCache(self.manager), PagedAttention(self.manager, NUM_HEADS)
 
     def logits(self, seq_id: str, tokens: list[int], start: int) -> torch.Tensor:
         """Computes `tokens`, which stand at position `start` of a running sequence; the logits of the last one."""
@@ -60,6 +61,7 @@ class Model:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     model, history = Model(num_pages=64), {name: [*SYSTEM.encode()] for name in QUESTIONS}
     print(f"{'turn':<24}{'prompt':>8}{'reused':>8}{'computed':>10}   logits, cached - cold")
     for turn in range(3):

@@ -9,6 +9,8 @@ Six questions under one system prompt, most about a document, make a forest:
     python examples/shared_prefix_batch.py
 """
 
+import argparse
+
 import numpy as np
 import torch
 
@@ -40,6 +42,7 @@ def show(data: FlashInferHybridData) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     manager = PagedKVCacheManager(128, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
     manager.key_cache.normal_()  # as if a model had computed the keys and values
