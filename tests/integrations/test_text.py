@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from radix import PrefixCache
 from radix.integrations.transformers import Engine, Piece, manager_for
-from radix.integrations.transformers.text import TextStream, encode
+from radix.integrations.transformers.text import TextStream, decode, encode
 from seqattn import BadValueError, TokenError
 from tests.integrations.byte_tokenizer import NUM_SPECIAL, VOCAB_SIZE, ByteTokenizer
 from tests.integrations.models import Untyped, cancel_again_and_again, check_all_free, engine_for, make, prompt
@@ -77,6 +78,38 @@ def test_bytes_that_are_no_characters_are_not_held_back_for_long() -> None:
     for num_tokens in range(1, 50):
         stream.push([0x80 + NUM_SPECIAL])
         assert len(stream.text) > num_tokens - 8
+
+
+class CountingTokenizer(ByteTokenizer):
+    """Counts the tokens that it decodes; a token above all others is a broken character that swallows its like."""
+
+    def __init__(self) -> None:
+        self.num_decoded = 0
+
+    def decode(self, ids: Sequence[int], **options: bool) -> str:
+        self.num_decoded += len(ids)
+        broken = [i for i in ids if i >= VOCAB_SIZE]
+        return super().decode([i for i in ids if i < VOCAB_SIZE], **options) + "\ufffd" * bool(broken)
+
+
+@pytest.mark.parametrize("silent", [0, VOCAB_SIZE], ids=["no text", "an incomplete character"])
+def test_tokens_that_give_no_text_cost_no_more_the_more_there_are(silent: int) -> None:
+    for num_tokens in (100, 1000):
+        tokenizer = CountingTokenizer()
+        stream, ids = TextStream(tokenizer), [*ids_of("ab"), *([silent] * num_tokens + ids_of("é")) * 2]
+        for token in ids:
+            stream.push([token])
+        assert stream.text.startswith("ab")
+        assert tokenizer.num_decoded < 40 * len(ids)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.text(max_size=3)), max_size=8))
+def test_text_between_tokens_that_give_none_is_that_of_all_tokens(runs: list[tuple[int, str]]) -> None:
+    stream, ids = TextStream(TOKENIZER), [i for size, text in runs for i in ([0] * size + ids_of(text))]
+    for token in ids:
+        stream.push([token])
+    stream.push([], is_last=True)
+    assert stream.text == decode(TOKENIZER, ids)
 
 
 @given(st.text("ab.", max_size=30), st.lists(st.text("ab.", min_size=1, max_size=4), min_size=1, max_size=3))

@@ -33,6 +33,8 @@ Prompt: TypeAlias = "Tokens | str | Sequence[dict[str, Any]]"
 _INCOMPLETE = "\ufffd"
 #: tokens after which an incomplete character is none: UTF-8 has at most four bytes for one
 _MOST_HELD = 8
+#: tokens that are decoded to see whether the newest adds text, where many before it have added none
+_FEW = 2 * _MOST_HELD
 
 
 def encode(tokenizer: Tokenizer | None, prompt: Prompt, vocab_size: int) -> npt.NDArray[np.int32]:
@@ -92,7 +94,7 @@ def as_texts(texts: Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ..
 
 
 class TextStream:
-    """The text of a growing list of tokens; amortised O(1) decoded tokens for each new one.
+    """The text of a growing list of tokens; amortised O(1) decoded tokens for each new one, also where they give none.
 
     Args:
         tokenizer: what decodes.
@@ -110,6 +112,7 @@ class TextStream:
         self.stop: int | None = None
         self._tokens: list[int] = []
         self._begin = self._end = 0
+        self._num_held = 0
 
     @property
     def num_tokens(self) -> int:
@@ -121,18 +124,28 @@ class TextStream:
         num_old = len(self.text)
         for token in tokens:
             self._tokens.append(token)
-            self._grow(is_last=False)
+            if self._adds():
+                self._grow(is_last=False)
         if is_last:
             self._grow(is_last=True)
         self._look(num_old)
+
+    def _adds(self) -> bool:
+        """Whether the newest token may add text. After a long run without any, only a few tokens are decoded to see."""
+        begin = len(self._tokens) - _FEW
+        if begin <= self._begin:
+            return True
+        few = self._tokens[begin:]
+        return decode(self.tokenizer, few) != decode(self.tokenizer, few[:-1])
 
     def _grow(self, *, is_last: bool) -> None:
         """Decodes what is new, if it is whole."""
         before = decode(self.tokenizer, self._tokens[self._begin : self._end])
         now = decode(self.tokenizer, self._tokens[self._begin :])
-        is_held = now.endswith(_INCOMPLETE) and len(self._tokens) - self._end < _MOST_HELD
-        if len(now) > len(before) and (is_last or not is_held):
+        self._num_held = self._num_held + 1 if now.endswith(_INCOMPLETE) else 0
+        if len(now) > len(before) and (is_last or not 0 < self._num_held < _MOST_HELD):
             self._begin, self._end = self._end, len(self._tokens)
+            self._num_held = 0
             self.text += now[len(before) :]
 
     def _look(self, num_old: int) -> None:
