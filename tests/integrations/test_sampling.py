@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -122,13 +123,45 @@ def test_two_seeds_give_two_answers() -> None:
         ({"temperature": -1.0}, "temperature must be a number of at least 0, not -1.0"),
         ({"temperature": float("nan")}, "not nan"),
         ({"temperature": "hot"}, "not 'hot'"),
+        ({"temperature": True}, "not True"),
+        ({"temperature": np.bool_(True)}, "not .*True"),
+        ({"temperature": 1j}, "not 1j"),
+        ({"temperature": np.float32("nan")}, "not .*nan"),
+        ({"temperature": np.float32("inf")}, "not .*inf"),
+        ({"temperature": 10**400}, "temperature must be a number"),
         ({"top_k": 0}, "top_k must be an integer of at least 1"),
         ({"top_k": 1.5}, "not 1.5"),
+        ({"top_k": True}, "not True"),
+        ({"top_k": np.float32(2.0)}, "not .*2.0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], not 0.0"),
         ({"top_p": 1.1}, "not 1.1"),
+        ({"top_p": True}, "not True"),
+        ({"top_p": "0.9"}, "not '0.9'"),
+        ({"top_p": np.complex64(0.5)}, "top_p must be in"),
         ({"seed": -1}, "seed must be an integer of at least 0, not -1"),
+        ({"seed": False}, "not False"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(BadValueError, match=problem):
         Sampling(**options)
+
+
+@pytest.mark.parametrize(
+    ("real", "integer"),
+    [(np.float16, np.int8), (np.float32, np.uint8), (np.float64, np.int64), (np.longdouble, np.uint64)],
+)
+def test_numbers_of_numpy_mean_the_same_as_pythons(real: Any, integer: Any) -> None:  # noqa: ANN401  types of numpy
+    sampling = Sampling(real(0.75), integer(3), real(0.5), integer(7))
+    plain = Sampling(0.75, 3, 0.5, 7)
+    assert repr(sampling) == repr(plain)
+    answers = [
+        engine_for().generate([prompt(1, 9)], max_new_tokens=most, sampling=each)[0].tokens
+        for each, most in ((sampling, integer(6)), (plain, 6))
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_a_fraction_is_a_temperature_and_more_tokens_than_there_are_are_all() -> None:
+    assert Sampling(Fraction(3, 4)).temperature == 0.75  # type: ignore[arg-type]
+    assert frequencies(Sampling(1.0, top_k=10**400)).tolist() == frequencies(Sampling(1.0, top_k=5)).tolist()

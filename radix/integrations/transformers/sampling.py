@@ -9,6 +9,8 @@ since it failed or was taken back, chooses by the same one.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
-    from attrs import Attribute
 
 __all__ = ["Draw", "Sampling", "choose_tokens"]
 
@@ -31,29 +32,41 @@ __all__ = ["Draw", "Sampling", "choose_tokens"]
 _BLOCK = 64
 
 
-def _temperature(_: object, __: Attribute[float], value: float) -> None:
-    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+def _as_float(value: object) -> float:
+    """A real number, of Python or numpy, as a float; NaN, which is in no range, for anything else, bools included."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            return float(value)
+    return math.nan
+
+
+def _temperature(value: float) -> float:
+    if not 0 <= (found := _as_float(value)) < math.inf:
         raise BadValueError(f"temperature must be a number of at least 0, not {value!r}: 0 is greedy")
+    return found
 
 
-def _top_k(_: object, __: Attribute[int | None], value: int | None) -> None:
+def _top_k(value: int | None) -> int | None:
     if value is not None and (not is_int(value) or value < 1):
         raise BadValueError(f"top_k must be an integer of at least 1, or None for all tokens, not {value!r}")
+    return None if value is None else int(value)
 
 
-def _top_p(_: object, __: Attribute[float], value: float) -> None:
-    if not isinstance(value, (int, float)) or not 0 < value <= 1:
+def _top_p(value: float) -> float:
+    if not 0 < (found := _as_float(value)) <= 1:
         raise BadValueError(f"top_p must be in (0, 1], not {value!r}")
+    return found
 
 
-def _seed(_: object, __: Attribute[int], value: int) -> None:
+def _seed(value: int) -> int:
     if not is_int(value) or value < 0:
         raise BadValueError(f"seed must be an integer of at least 0, not {value!r}")
+    return int(value)
 
 
 @define(slots=True, frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """How tokens are chosen; numbers of Python or numpy, kept as Python's.
 
     Attributes:
         temperature: logits are divided by it; 0 takes the most likely token, the first of equals.
@@ -66,10 +79,10 @@ class Sampling:
         BadValueError: a value out of range.
     """
 
-    temperature: float = field(default=0.0, validator=_temperature)
-    top_k: int | None = field(default=None, validator=_top_k)
-    top_p: float = field(default=1.0, validator=_top_p)
-    seed: int = field(default=0, validator=_seed)
+    temperature: float = field(default=0.0, converter=_temperature)
+    top_k: int | None = field(default=None, converter=_top_k)
+    top_p: float = field(default=1.0, converter=_top_p)
+    seed: int = field(default=0, converter=_seed)
 
     @property
     def is_greedy(self) -> bool:
@@ -139,7 +152,9 @@ def _drawn_tokens(logits: torch.Tensor, draws: Sequence[Draw], nth: Sequence[int
     """A drawn token for each row, int64 [rows]; all of them are cut, or none is."""
     options = [draw.sampling for draw in draws]
     uniform = [draw.uniform(n) for draw, n in zip(draws, nth, strict=True)]
-    numbers = [[o.temperature, o.top_p, o.top_k or logits.shape[-1], u] for o, u in zip(options, uniform, strict=True)]
+    most = logits.shape[-1]
+    top_ks = [most if o.top_k is None else min(o.top_k, most) for o in options]  # a larger one need not fit a float
+    numbers = [[o.temperature, o.top_p, k, u] for o, k, u in zip(options, top_ks, uniform, strict=True)]
     columns = sent(np.array(numbers, dtype=np.float64), logits.device)
     temperature, top_p, top_k, number = columns.unsqueeze(-1).unbind(1)
     scores = logits.double()
