@@ -68,6 +68,46 @@ def test_bad_options_are_refused_and_queue_nothing(
     assert engine.num_waiting == 1
 
 
+@pytest.mark.parametrize("method", ["stream", "astream"])
+@pytest.mark.parametrize(
+    ("ids", "options", "error"),
+    [
+        ([], {}, TokenError),
+        ([1, 2], {"max_new_tokens": 0}, LengthError),
+        ([1, 2], {"stop_texts": ["a"]}, BadValueError),
+        ([1, 2], {"namespace": []}, BadValueError),
+        ([1, 2], {"request_id": []}, BadValueError),
+        ([1, 2], {"temperature": 1.0}, TypeError),
+    ],
+)
+def test_a_stream_refuses_what_is_no_request_at_the_call(
+    method: str, ids: list[int], options: dict[str, Untyped], error: type[Exception]
+) -> None:
+    engine = engine_for()
+    with pytest.raises(error):
+        getattr(engine, method)(ids, **options)
+    check_all_free(engine)
+
+
+def test_a_stream_that_nobody_reads_leaves_nothing_behind() -> None:
+    engine = engine_for()
+    stream, other = (engine.stream(prompt(1, 5), max_new_tokens=2, request_id="mine") for _ in range(2))
+    assert engine.num_waiting == 0
+    del stream
+    assert [piece.tokens for piece in other]
+    check_all_free(engine)
+
+
+def test_a_stream_whose_id_is_taken_meanwhile_leaves_the_other_alone() -> None:
+    engine = engine_for()
+    stream = engine.stream(prompt(1, 5), max_new_tokens=2, request_id="mine")
+    request = engine.submit(prompt(2, 5), max_new_tokens=2, request_id="mine")
+    with pytest.raises(DuplicateSequenceError, match="'mine' waits already"):
+        next(stream)
+    assert engine.wait([request])[0].finish_reason in {"stop", "length"}
+    check_all_free(engine)
+
+
 def test_an_id_may_be_used_again_when_its_request_is_finished_or_cancelled() -> None:
     engine = engine_for()
     for _ in range(2):

@@ -129,6 +129,25 @@ def test_nothing_is_lost_where_an_interrupt_comes_between_steps(name: str, num_s
     assert nth > 10
 
 
+@pytest.mark.parametrize(("is_stream", "stride"), [(False, 1), (True, 11)])
+def test_an_interrupt_while_a_prompt_is_queued_or_streamed_leaves_nothing_of_it(is_stream: bool, stride: int) -> None:
+    engine, requests = started(run_ahead=False)
+    engine.step()
+    call = (lambda *given, **named: list(engine.stream(*given, **named))) if is_stream else engine.submit
+    queue = partial(call, prompt(70, 9), max_new_tokens=3, stop_tokens=(), request_id="new")
+    nth = 1
+    while (interrupt := Interrupt(nth)).during(queue):  # the same id again and again
+        if is_stream:
+            engine.step()  # ends what an interrupt came before
+        queued = (*engine.scheduler.inbox, *engine.scheduler.waiting, *engine.scheduler.running)
+        assert "new" not in [request.id for request in queued], interrupt.where
+        nth += stride
+    assert nth > 20
+    assert [request.tokens for request in engine.wait(requests)] == answers()
+    engine.close()
+    check_all_free(engine)
+
+
 class Once:
     """A method that raises KeyboardInterrupt at its first call, before or after what it does."""
 

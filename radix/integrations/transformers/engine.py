@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 _GREEDY = Sampling()
+#: tokens of an answer at most, by default
+_MOST_NEW = 256
 
 
 class Engine:
@@ -163,14 +165,14 @@ class Engine:
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int = _MOST_NEW,
         sampling: Sampling = _GREEDY,
         stop_tokens: Collection[int] | None = None,
         stop_texts: Sequence[str] = (),
         namespace: Hashable = None,
         request_id: Hashable = None,
     ) -> Request:
-        """Queues a prompt; `step` and all that call it compute it. Waits for nothing.
+        """Queues a prompt; `step` and all that call it compute it. Waits for nothing; an interrupt queues nothing.
 
         Args:
             prompt: token ids (list, array or tensor); a text; or messages (`[{"role": …, "content": …}, …]`), which
@@ -189,19 +191,16 @@ class Engine:
             BadValueError: a text or stop text without a tokenizer, an empty stop text, or an option of a wrong type.
             DuplicateSequenceError: `request_id` is running, or waits to.
         """
-        ids = encode(self.tokenizer, prompt, self.shape.vocab_size)
-        most = as_count("max_new_tokens", max_new_tokens, 1)
-        self._refuse_too_long(len(ids), most)
-        stops = self.end_tokens if stop_tokens is None else as_token_set(stop_tokens)
-        watch = TextStream(self.tokenizer, as_texts(stop_texts, self.tokenizer)) if stop_texts else None
-        draw = Draw(sampling)
-        now, (number, free_id) = self.clock(), self._requests.next_id()
-        own_id = free_id if request_id is None else request_id
-        self._refuse_id(own_id, namespace)
-        request = Request(own_id, ids, namespace, most, draw, stops, self.tokenizer, watch, now, number)
-        self._requests.enter(request)
-        self.scheduler.inbox.append(request)
-        return request
+        request = self._request(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_tokens=stop_tokens,
+            stop_texts=stop_texts,
+            namespace=namespace,
+            request_id=request_id,
+        )
+        return self._enter(request)
 
     def generate(self, prompts: Sequence[Prompt], **options: Unpack[Options]) -> list[Request]:
         """Submits prompts, and steps until all are finished; `options` are those of `submit`, for each.
@@ -228,12 +227,22 @@ class Engine:
         return list(requests)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Generator[Piece, None, None]:
-        """Submits a prompt, and yields what each step adds; leaving the loop cancels it. Others step along."""
-        request = self.submit(prompt, **options)
+        """Submits a prompt, and yields what each step adds; leaving the loop cancels it. Others step along.
+
+        What is no request is refused by this call. The prompt is queued when the first piece is asked for, so that a
+        stream that nobody reads leaves nothing behind; a `request_id` that is taken is refused then.
+
+        Raises:
+            What `submit` raises.
+        """
+        return self._stream(self._request(prompt, **options))
+
+    def _stream(self, request: Request) -> Generator[Piece, None, None]:
         try:
+            self._enter(request)
             yield from self.follow(request)
         finally:
-            self.cancel(request)
+            self._drop(request)
 
     def follow(self, request: Request) -> Iterator[Piece]:
         """Yields what a submitted request has, then what each step adds, until it is finished."""
@@ -242,18 +251,24 @@ class Engine:
             self._advance(request, reader.num_seen)
             yield from reader.read()
 
-    async def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
+    def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[Piece, None]:
         """`stream` for `async for`: steps run in a thread, so that the loop goes on; one step serves all who wait.
 
         An `async for` that is left early closes its generator some time later; `contextlib.aclosing` does it at once.
+
+        Raises:
+            What `submit` raises, when `stream` does.
         """
-        request = self.submit(prompt, **options)
+        return self._astream(self._request(prompt, **options))
+
+    async def _astream(self, request: Request) -> AsyncGenerator[Piece, None]:
         try:
+            self._enter(request)
             async for piece in self.afollow(request):
                 yield piece
         finally:
             # A task may be cancelled again and again: the request ends all the same.
-            await asyncio.shield(asyncio.to_thread(self.cancel, request))
+            await asyncio.shield(asyncio.to_thread(self._drop, request))
 
     async def afollow(self, request: Request) -> AsyncIterator[Piece]:
         """`follow` for `async for`."""
@@ -331,7 +346,7 @@ class Engine:
             self._requests.refuse_foreign(request)
             number, free_id = self._requests.next_id()
             child = request.copy(free_id, Draw(sampling, len(request.tokens)), self.clock(), number)
-            self._refuse_id(child.id, child.namespace)
+            self.cache.descriptor.refuse_running(child.id)
             with self._torn():
                 if self.steps.has(request):  # its sequence has a token that it has not
                     self.steps.drop()
@@ -366,6 +381,51 @@ class Engine:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    def _request(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = _MOST_NEW,
+        sampling: Sampling = _GREEDY,
+        stop_tokens: Collection[int] | None = None,
+        stop_texts: Sequence[str] = (),
+        namespace: Hashable = None,
+        request_id: Hashable = None,
+    ) -> Request:
+        """What `submit` was asked for, checked; queued nowhere."""
+        ids = encode(self.tokenizer, prompt, self.shape.vocab_size)
+        most = as_count("max_new_tokens", max_new_tokens, 1)
+        self._refuse_too_long(len(ids), most)
+        stops = self.end_tokens if stop_tokens is None else as_token_set(stop_tokens)
+        watch = TextStream(self.tokenizer, as_texts(stop_texts, self.tokenizer)) if stop_texts else None
+        draw = Draw(sampling)
+        if request_id is not None:
+            self.cache.descriptor.refuse_running(request_id)
+        try:
+            hash(namespace)
+        except TypeError as error:
+            raise BadValueError(f"namespace must be hashable, not {namespace!r}: {error}") from None
+        return Request(request_id, ids, namespace, most, draw, stops, self.tokenizer, watch)
+
+    def _enter(self, request: Request) -> Request:
+        """Queues what was checked, under its id or one of the engine's; what raises, an interrupt too, undoes it."""
+        request.submitted_at = self.clock()
+        request.arrival, free_id = self._requests.next_id()
+        request.id = free_id if request.id is None else request.id
+        self.cache.descriptor.refuse_running(request.id)
+        try:
+            self._requests.enter(request)
+            self.scheduler.inbox.append(request)
+            return request
+        except BaseException:
+            self._drop(request)
+            raise
+
+    def _drop(self, request: Request) -> None:
+        """Cancels a request, if it is one of the engine's that has not ended."""
+        if self._requests.has(request):
+            self.cancel(request)
+
     def _refuse_too_long(self, num_prompt: int, max_new_tokens: int) -> None:
         num_tokens = num_prompt + max_new_tokens - 1  # the last token is never fed back
         most, page_size = self.shape.max_positions, self.cache.tree.page_size
@@ -377,13 +437,6 @@ class Engine:
         num_pages = -(-num_tokens // page_size)
         if num_pages > self.cache.manager.num_pages:
             raise PromptTooLargeError(num_pages, self.cache.manager.num_pages)
-
-    def _refuse_id(self, request_id: Hashable, namespace: Hashable) -> None:
-        self.cache.descriptor.refuse_running(request_id)
-        try:
-            hash(namespace)
-        except TypeError as error:
-            raise BadValueError(f"namespace must be hashable, not {namespace!r}: {error}") from None
 
     def _advance(self, request: Request, num_seen: int) -> None:
         """Steps once, unless the request has more tokens than the caller has seen, or is finished."""

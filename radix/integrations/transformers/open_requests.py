@@ -48,9 +48,13 @@ class OpenRequests:
         """It has ended."""
         self._by_id.pop(request.id, None)
 
+    def has(self, request: Request) -> bool:
+        """Whether a request is one of these."""
+        return self._by_id.get(request.id) is request
+
     def refuse_foreign(self, request: Request) -> None:
         """Raises SeqAttnError if a request is not one of these."""
-        if self._by_id.get(request.id) is not request:
+        if not self.has(request):
             raise SeqAttnError(f"{request.id!r} is no request of this engine")
 
     def gather(self, scheduler: Scheduler) -> list[Request]:

@@ -48,14 +48,14 @@ class Request:
     """A submitted prompt and its answer; fields are the engine's to write.
 
     Attributes:
-        id: its sequence id in the cache while it runs.
+        id: its sequence id in the cache while it runs; None until it is submitted, if the engine names it.
         prompt: its token ids, int32, not empty.
         namespace: under which it reuses and publishes.
         max_new_tokens: it ends with so many tokens.
         draw: how its tokens are chosen, and its generator.
         stop_tokens: it ends with any of these.
         watch: the text, where stop texts are looked for; None without any.
-        arrival: its place in the order of submission.
+        arrival: its place in the order of submission; 0 before.
         tokens: generated so far; the token that stopped it is the last one.
         finish_reason: None while it waits or runs; "stop" (a stop token or text), "length" (`max_new_tokens`) or
             "cancelled".
@@ -63,7 +63,7 @@ class Request:
         num_computed_tokens: prompt tokens whose KV it has computed. After a preemption what is computed again counts
             again, generated tokens included.
         num_preemptions: how often it was stopped for lack of pages and put back.
-        submitted_at: by the engine's clock, seconds.
+        submitted_at: by the engine's clock, seconds; 0 before.
         first_token_at: likewise; None before the first token.
         finished_at: likewise.
     """
@@ -76,8 +76,8 @@ class Request:
     stop_tokens: frozenset[int]
     tokenizer: Tokenizer | None
     watch: TextStream | None
-    submitted_at: float
-    arrival: int
+    submitted_at: float = 0.0
+    arrival: int = 0
     tokens: list[int] = field(factory=list)
     finish_reason: Literal["stop", "length", "cancelled"] | None = None
     num_cached_tokens: int | None = None
