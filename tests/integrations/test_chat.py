@@ -208,6 +208,23 @@ def test_closed_sessions_give_way_to_who_could_not_run_otherwise() -> None:
     engine.cache.check()
 
 
+def test_sessions_have_a_place_with_their_engine_only_while_there_are_any() -> None:
+    engine, now = engine_that_says(LETTERS), [0.0]
+    for _ in range(3):
+        sessions = sessions_for(engine, clock=lambda: now[0], time_to_live=5.0)
+        assert engine.on_short == []
+        for name in ("ann", "ben"):
+            sessions.open(name).close()
+        sessions.open("cem").discard()
+        assert engine.on_short == [sessions.expire_next]
+        now[0] += 5.0
+        assert sessions.expire() == 2
+        assert engine.on_short == []
+    sessions.open("ann").close()
+    assert engine.on_short[0]()
+    assert engine.on_short == []
+
+
 def test_many_chats_are_answered_in_one_batch(engine: Engine, sessions: Sessions) -> None:
     system = [{"role": "system", "content": "Be brief, be kind."}]
     chats = [Chat(engine, sessions.open(number), messages=system) for number in range(4)]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Unpack
 
+    from radix.cache import PrefixCache
     from radix.guard import Break
     from radix.integrations.transformers.engine import Engine
     from radix.integrations.transformers.request import Options, Piece, Request
@@ -49,21 +50,45 @@ def sessions_for(
 ) -> Sessions:
     """The sessions of an engine's cache, which show text where a prompt breaks; arguments as of `Sessions`, seconds.
 
-    Where pages are short and nothing runs, closed ones end before their time, instead of a request that fails.
+    Where pages are short and nothing runs, closed ones end before their time, instead of a request that fails: as long
+    as there are any, they have a place in `engine.on_short`.
 
     Raises:
         BadValueError: an engine without a tokenizer, or a negative time.
     """
     tokenizer = _tokenizer_of(engine)
-    sessions = Sessions(
+    return _GivingWay(
+        engine.on_short,
         engine.cache,
         clock=clock,
         time_to_live=time_to_live,
         decode=lambda ids: _decode(tokenizer, ids),
         on_break=on_break,
     )
-    engine.on_short.append(sessions.expire_next)
-    return sessions
+
+
+class _GivingWay(Sessions):
+    """Sessions that are among those who are asked for pages, from the first one on and until none is left."""
+
+    def __init__(
+        self,
+        on_short: list[Callable[[], bool]],
+        cache: PrefixCache,
+        **options: Any,  # noqa: ANN401  those of Sessions
+    ) -> None:
+        super().__init__(cache, **options)
+        self._on_short = on_short
+
+    def _new(self, session_id: Hashable, namespace: Hashable) -> ChatSession:
+        session = super()._new(session_id, namespace)
+        if self.expire_next not in self._on_short:
+            self._on_short.append(self.expire_next)
+        return session
+
+    def _forget(self, session: ChatSession) -> None:
+        super()._forget(session)
+        if not self._by_id and self.expire_next in self._on_short:
+            self._on_short.remove(self.expire_next)
 
 
 class Chat:

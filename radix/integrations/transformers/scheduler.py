@@ -232,7 +232,7 @@ class Scheduler:
         """Runs a request that waits. While nothing else does, what is only kept for later gives way to it."""
         todo, namespace = request.todo, request.namespace
         if not self.running:
-            while not self.cache.can_start(todo, namespace=namespace) and any(let_go() for let_go in self.on_short):
+            while not self.cache.can_start(todo, namespace=namespace) and any(each() for each in [*self.on_short]):
                 pass
         self.cache.descriptor.refuse_running(request.id)  # it would be somebody else's
         self._starting = request
