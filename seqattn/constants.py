@@ -108,13 +108,26 @@ def _scaled_kernel(cost: KernelCost, rate: float, speed: float) -> KernelCost:
 
 
 def path_of(name: str, *, version: str | None = None, environ: Mapping[str, str] | None = None) -> Path:
-    """The file of a device's constants for a version of flashinfer, which need not exist."""
+    """The file of a device's constants for a version of flashinfer, which need not exist.
+
+    Raises:
+        ConstantsError: no variable names a folder, and there is no home.
+    """
     environ = os.environ if environ is None else environ
     folder = environ.get("SEQATTN_CACHE_DIR")
     if not folder:
-        folder = f"{environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'}/seqattn"
+        folder = f"{environ.get('XDG_CACHE_HOME') or _home() / '.cache'}/seqattn"
     plain = re.sub(r"[^a-z0-9.]+", "-", f"{name}-{_version(version)}".lower())
     return Path(folder) / f"constants-{plain}.json"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise ConstantsError(
+            f"there is no folder for constants ({error}): set SEQATTN_CACHE_DIR, or name a file with --out"
+        ) from error
 
 
 def save_constants(path: Path, device: Device, chip: Chip, *, version: str | None = None) -> None:

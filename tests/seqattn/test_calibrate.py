@@ -210,3 +210,21 @@ def test_a_saved_file_can_be_read_by_people(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["device"] == CHIP.name
     assert found["constants"]["decode"]["bytes_per_s"] == Device().decode.bytes_per_s
+
+
+@pytest.mark.usefixtures("with_a_device")
+def test_without_a_home_it_says_what_names_the_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Output
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("SEQATTN_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    for arguments in ([], ["--show"]):
+        assert run(monkeypatch, *arguments) == 2
+        error = capsys.readouterr().err
+        assert "Could not determine home directory" in error
+        assert "set SEQATTN_CACHE_DIR, or name a file with --out" in error
+    assert run(monkeypatch, "--out", tmp_path / "mine.json") == 0
