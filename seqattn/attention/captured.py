@@ -52,12 +52,16 @@ class _Block:
         where = {name: slice(b, b + sizes[name]) for name, b in zip(sizes, begins, strict=True)}
         self.host = {name: self._host[part] for name, part in where.items()}
         self.device = {name: self._device[part] for name, part in where.items()}
+        self._memory = {name: tensor.numpy() for name, tensor in self.host.items()}
+        self.sizes = sizes
 
-    def write(self, name: str, values: npt.NDArray[np.int32]) -> torch.Tensor:
-        """Writes the beginning of an array in pinned memory; returns it."""
-        target = self.host[name][: len(values)]
-        target.numpy()[:] = values
-        return target
+    def write(self, name: str, values: npt.NDArray[np.int32]) -> None:
+        """Writes the beginning of an array in pinned memory."""
+        self._memory[name][: len(values)] = values
+
+    def written(self, name: str, count: int) -> torch.Tensor:
+        """The beginning of an array in pinned memory."""
+        return self.host[name] if count == self.sizes[name] else self.host[name][:count]
 
     def send(self, num_left: int = 0) -> None:
         """Copies the arrays to the device, but for so many numbers at the end of the last one."""
@@ -150,12 +154,12 @@ class CapturedStep:
         """Brings a step into the fixed memory; waits until the copies of the step before are done."""
         filled = next_padded(self._last, work, self.form, self._backend.heads_each)
         self._last, work = (work, filled), filled
-        with torch.cuda.device(self._backend.device):
+        with self._backend.on_device():
             self._copied.synchronize()
             try:
                 self._write_tables(work, places)
             finally:
-                self._copied.record()
+                self._copied.record(torch.cuda.current_stream(self._backend.device.index))
             for fixed, given in zip(self._inputs, inputs, strict=True):
                 fixed[: len(given)].copy_(given.detach(), non_blocking=True)
 
@@ -199,18 +203,26 @@ class CapturedStep:
         wrapper, block, bound = self._wrappers[i], self._blocks[i], self._plans[i]
         if bound is None:
             wrapper.begin()  # first: an interrupt leaves nothing planned whose tables are others
-        qo_indptr, indptr, last, pages = (block.write(name, getattr(call, name)) for name in _NAMES)
-        block.send(len(block.host[_PAGES]) - len(pages))
-        tables = (qo_indptr, indptr, block.device[_PAGES][: len(pages)], last)
+        for name in _NAMES:
+            block.write(name, getattr(call, name))
+        num_pages = len(call.kv_page_indices)
+        block.send(block.sizes[_PAGES] - num_pages)
+        indptr = block.written("kv_page_indptr", len(call.kv_page_indptr))
+
+        def tables() -> tuple[torch.Tensor, ...]:
+            qo_indptr = block.written("qo_indptr", len(call.qo_indptr))
+            last = block.written("kv_last_page_len", len(call.kv_last_page_len))
+            return qo_indptr, indptr, block.device[_PAGES][:num_pages], last
+
         if bound is None:
-            self._backend.plan_call(wrapper, call, tables)
+            self._backend.plan_call(wrapper, call, tables())
             return
         lengths = torch.from_numpy(call.lens(self._backend.manager.page_size))
 
         def plan() -> None:
             options = self._backend.sets[0].options(call) | {"seq_lens": lengths}
             wrapper.begin()
-            self._backend.plan_call(wrapper, call, tables, **options)
+            self._backend.plan_call(wrapper, call, tables(), **options)
 
         if self._prepared is None:  # the wrapper loads its kernels with its first plan
             plan()

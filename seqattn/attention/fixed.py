@@ -115,6 +115,10 @@ def _call_form(call: KernelCall, num_rows: int, sizes: Sizes) -> CallForm:
 
 def padded(work: Work, form: StepForm, heads_each: int) -> Work:
     """The step in the sizes of its form; parts that belong to no row are left unmerged. O(pages)."""
+    if form.direct:
+        (call,), (size,) = work.calls, form.calls
+        filled = _filled(call, size, 1)
+        return evolve(work, calls=(evolve(filled, num_rows=size.num_rows),), num_parts=size.num_rows)
     calls, num_parts, num_queries = [], 0, 0
     part_codes, codes = work.part_codes.copy(), []
     for call, size in zip(work.calls, form.calls, strict=True):
@@ -128,8 +132,6 @@ def padded(work: Work, form: StepForm, heads_each: int) -> Work:
         first_query = num_queries if size.gathered else None
         calls.append(evolve(filled, first_query=first_query, first_part=num_parts, num_rows=size.num_rows))
         num_parts, num_queries = num_parts + size.num_rows, num_queries + size.num_rows * size.gathered
-    if form.direct:
-        return evolve(work, calls=tuple(calls), num_parts=num_parts)
     end = np.full(form.num_rows + 1 - len(work.part_indptr), work.part_indptr[-1], dtype=np.int32)
     query_codes = np.concatenate([work.query_codes[:0], *codes])
     return Work(tuple(calls), query_codes, np.concatenate([work.part_indptr, end]), part_codes, num_parts, direct=False)

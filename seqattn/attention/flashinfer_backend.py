@@ -112,7 +112,8 @@ class FlashInferBackend:
         self.sets = tuple(WrapperSet(manager, num_qo_heads, self.num_processors, workspaces) for _ in range(2))
         self._turn = 0
         self._scratch: Scratch | None = None
-        self._captured: list[Prepared] = []
+        #: what graphs that callers captured go on using, by the set that it was planned with: void when that is again
+        self._captured: tuple[list[Prepared], list[Prepared]] = ([], [])
         #: a decoding batch, its calls and how long its own lists are; the next is often much the same
         self._known: tuple[BatchPlan, Work, tuple[int, int]] | None = None
         self._codes: tuple[object, list[torch.Tensor]] | None = None  # on the device, and the array that tells them
@@ -130,11 +131,12 @@ class FlashInferBackend:
             plan: the batch.
             choices: how to compute each level; None for what is predicted to be fastest.
         """
-        with self._on_device():
+        with self.on_device():
             if torch.cuda.is_current_stream_capturing():
                 raise SeqAttnError("plan cannot be captured in a CUDA graph: plan first, then capture run")
             work = self.work(plan, choices)
             wrappers = self.sets[self._turn]
+            self._captured[self._turn].clear()
             with wrappers.in_use():
                 prepared = self._plan_calls(wrappers, work)
         self._turn = 1 - self._turn
@@ -244,11 +246,11 @@ class FlashInferBackend:
         if q.dtype != self.manager.dtype:
             raise TensorError(f"q is {q.dtype} but the cache holds {self.manager.dtype}: the kernels read one dtype")
         caches = self.manager.layer_tensors(layer)
-        if torch.cuda.is_current_stream_capturing() and not prepared.is_fixed and prepared not in self._captured:
-            self._captured.append(prepared)  # the graph goes on using its memory
+        if torch.cuda.is_current_stream_capturing() and not prepared.is_fixed:
+            self._captured[1 - self._turn].append(prepared)  # the graph goes on using its memory
         q = side_by_side(q)
         direct = prepared.work.direct
-        with self._on_device():
+        with self.on_device():
             out = torch.empty(q.shape, dtype=q.dtype, device=self.device)
             lse = out
             if return_lse or not direct:
@@ -259,8 +261,8 @@ class FlashInferBackend:
                 self._run_parts(q, layer, prepared, (out, lse))
         return out, lse
 
-    def _on_device(self) -> AbstractContextManager[None]:
-        """A guard of the device takes longer than to see that there is no need of one."""
+    def on_device(self) -> AbstractContextManager[None]:
+        """Makes its device the current one; a guard takes longer than to see that there is no need of it."""
         return nullcontext() if torch.cuda.current_device() == self._index else torch.cuda.device(self._index)
 
     def _run_parts(

@@ -26,10 +26,11 @@ class Engine:
         layout: str = "NHD",
         num_sequences: int = 20,
         num_prompt_tokens: int = PROMPT,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self.num_qo_heads, self.num_kv_heads = heads
-        sizes = (1500, PAGE_SIZE, self.num_kv_heads, HEAD_DIM, torch.bfloat16, "cuda", layout)
+        sizes = (1500, PAGE_SIZE, self.num_kv_heads, HEAD_DIM, dtype, "cuda", layout)
         self.manager = PagedKVCacheManager(*sizes, num_layers=NUM_LAYERS)
         self.generator = torch.Generator("cuda").manual_seed(0)
         for cache in self.manager.get_memory_tensors():
@@ -41,7 +42,7 @@ class Engine:
         for i in range(num_sequences):
             self.start(i)
         width = self.num_qo_heads * HEAD_DIM
-        self.weights = torch.randn(NUM_LAYERS, width, width, device="cuda", generator=self.generator).bfloat16()
+        self.weights = torch.randn(NUM_LAYERS, width, width, device="cuda", generator=self.generator).to(dtype)
         self.weights *= width**-0.5
         self.attention = PagedAttention(self.manager, self.num_qo_heads)
 
@@ -95,7 +96,8 @@ def compare(
 ) -> None:
     """Steps of both engines; every fifth the batch changes a little, and before one of them the prompt moves."""
     heads = engine.num_qo_heads, engine.num_kv_heads
-    other = Engine(heads, engine.manager.kv_layout, len(engine.ids), engine.num_prompt_tokens)
+    dtype = engine.manager.dtype
+    other = Engine(heads, engine.manager.kv_layout, len(engine.ids), engine.num_prompt_tokens, dtype)
     generator = torch.Generator("cuda").manual_seed(1)
     for number in range(num_steps):
         for each in (engine, other):
@@ -107,7 +109,7 @@ def compare(
                     each.start(1000 + number)
             each.descriptor.allocate_decoding(each.ids)
         shape = (len(engine.ids), engine.num_qo_heads, HEAD_DIM)
-        hidden = torch.randn(shape, device="cuda", generator=generator).bfloat16()
+        hidden = torch.randn(shape, device="cuda", generator=generator).to(dtype)
         out, total = graphs.replay(engine.data(hybrid=hybrid), hidden)  # type: ignore[arg-type]
         expected = other.by_hand(hidden)
         assert relative_error(out, expected.float()) < 1e-2
@@ -185,14 +187,27 @@ def test_graphs_beyond_the_most_are_dropped() -> None:
 
 
 def test_a_step_that_is_refused_writes_nothing_and_the_next_is_right() -> None:
-    engine = Engine()
+    engine, other = Engine(), Engine()
     graphs = DecodeGraphs(engine.attention, engine.model, [32], max_tokens=1100, capture_after=1)
-    compare(engine, graphs, 3, hybrid=False)
-    engine.descriptor.allocate_decoding(engine.ids)
-    page = engine.descriptor.seq_id_to_data[engine.ids[0]].kv_page_indices[-1]
-    engine.manager.ref([page])
-    before = engine.manager.key_cache.clone()
-    with pytest.raises(SharedPageError):
-        graphs.replay(engine.data(hybrid=False), torch.zeros(20, 32, HEAD_DIM, device="cuda").bfloat16())  # type: ignore[arg-type]
-    assert torch.equal(before, engine.manager.key_cache)
-    engine.manager.unref([page])
+    for number in range(6):
+        for each in (engine, other):
+            each.descriptor.allocate_decoding(each.ids)
+        hidden = torch.randn(20, 32, HEAD_DIM, device="cuda").bfloat16()
+        if number == 3:
+            page = engine.descriptor.seq_id_to_data[engine.ids[0]].kv_page_indices[-1]
+            engine.manager.ref([page])
+            before = engine.manager.key_cache.clone()
+            with pytest.raises(SharedPageError):
+                graphs.replay(engine.data(hybrid=False), -hidden)  # type: ignore[arg-type]
+            assert torch.equal(before, engine.manager.key_cache)
+            engine.manager.unref([page])
+        out, _ = graphs.replay(engine.data(hybrid=False), hidden)  # type: ignore[arg-type]
+        assert relative_error(out, other.by_hand(hidden).float()) < 1e-2
+    assert (graphs.num_captures, graphs.num_replays) == (1, 6)
+
+
+def test_float16_is_captured_as_well() -> None:
+    engine = Engine(dtype=torch.float16)
+    graphs = DecodeGraphs(engine.attention, engine.model, [32], max_tokens=1100)
+    compare(engine, graphs, 20, hybrid=True)
+    assert graphs.num_captures >= 1

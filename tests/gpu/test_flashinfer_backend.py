@@ -30,6 +30,7 @@ CASES = [
     Case(32, 8, 64, 16, torch.bfloat16),
     Case(32, 32, 64, 16, torch.float16),
     Case(8, 1, 64, 64, torch.float16),
+    Case(8, 2, 256, 16, torch.bfloat16),
 ]
 
 
@@ -175,16 +176,82 @@ def test_plans_of_batches_of_one_size_are_repeated(
     assert all(wrapper.replans.is_repeated for wrapper in decoding), "or flashinfer keeps its arrays elsewhere"
 
 
-def test_a_plan_that_fails_leaves_the_plan_before() -> None:
+def _fails(*_: object, **_options: object) -> None:
+    raise RuntimeError("out of memory, say")
+
+
+def test_a_plan_that_fails_leaves_the_plan_before(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(32, 8, 128, 16, torch.bfloat16)
-    batch = random_batch(5, 16, most_rows=1)
-    manager = case.manager(batch)
+    batch, other = random_batch(5, 16, most_rows=1), random_batch(6, 16, most_rows=1)
+    manager = case.manager(max(batch, other, key=lambda each: max(int(table.max()) for table in each.tables)))
     generator = fill(manager, 0)
     attention = PagedAttention(manager, 32)
     attention.plan(hybrid(batch))
     with pytest.raises(TensorError):
         attention.plan([[0, 1]])  # type: ignore[arg-type]
     check(attention, batch, generator)
+    impl: Any = attention._impl
+    plan_call = impl.plan_call
+    for before_it in ([], [plan_call]):  # at a shared level, and behind it
+        calls = iter([*before_it, _fails])
+        monkeypatch.setattr(impl, "plan_call", lambda *a, calls=calls, **options: next(calls)(*a, **options))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            attention.plan(hybrid(other))
+        monkeypatch.undo()
+        check(attention, batch, generator)
+    attention.plan(hybrid(other))
+    check(attention, other, generator)
+
+
+def test_plans_are_made_inside_of_inference_mode_and_outside() -> None:
+    """What a plan makes inside could not be written to outside of it."""
+    case = Case(32, 8, 128, 16, torch.bfloat16)
+    batches = [random_batch(seed, 16, most_rows=1) for seed in range(4)]
+    manager = case.manager(max(batches, key=lambda batch: max(int(table.max()) for table in batch.tables)))
+    generator = fill(manager, 0)
+    attention = PagedAttention(manager, 32)
+    for number, batch in enumerate([*batches, *batches]):
+        for data in (hybrid(batch), plain(batch)):
+            with torch.inference_mode(mode=number % 3 == 0):
+                attention.plan(data)
+            with torch.inference_mode(mode=number % 2 == 0):
+                check(attention, batch, generator)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second device")
+def test_a_cache_on_the_second_device_is_read_there() -> None:
+    case = Case(32, 8, 128, 16, torch.bfloat16)
+    batch = random_batch(3, 16, most_rows=1)
+    num_pages = 1 + max(int(table.max()) for table in batch.tables)
+    manager = PagedKVCacheManager(num_pages, 16, 8, 128, torch.bfloat16, "cuda:1")
+    for cache in manager.get_memory_tensors():
+        cache.normal_()
+    attention = PagedAttention(manager, 32)
+    q = torch.randn(len(batch.tables), 32, 128, device="cuda:1", dtype=case.dtype)
+    for data in (hybrid(batch), plain(batch)):
+        attention.plan(data)
+        assert relative_error(attention.run(q), attend(manager, batch, q)[0]) < 1e-2
+    assert torch.cuda.current_device() == 0
+
+
+def test_a_graph_that_was_captured_by_hand_is_let_go_when_its_plan_is_void() -> None:
+    case = Case(32, 8, 128, 16, torch.bfloat16)
+    batch = random_batch(6, 16, most_rows=1)
+    manager = case.manager(batch)
+    fill(manager, 0)
+    attention = PagedAttention(manager, 32)
+    q = torch.randn(len(batch.tables), 32, 128, device="cuda", dtype=torch.bfloat16)
+    attention.plan(hybrid(batch))
+    attention.run(q)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attention.run(q)
+    impl: Any = attention._impl
+    captured = attention._prepared
+    attention.plan(plain(batch))
+    assert any(captured is each for kept in impl._captured for each in kept)
+    attention.plan(plain(batch))
+    assert not any(impl._captured)
 
 
 def test_rows_that_see_nothing_and_sequences_without_rows() -> None:
