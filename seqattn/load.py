@@ -55,8 +55,11 @@ __all__ = [
 
 #: kernels by number: the three tiles of fa2, the first of which is decode, then these
 FA3, SHORT, FA3_IN_LINE = 3, 4, 5
-#: query heads of a KV head for which the kernel for short lists was measured, and the mean tokens that it is for
-_SHORT_HEADS, _SHORT_TOKENS, _LEAST_LISTS = 4, 176, 16
+#: query heads of a KV head for which the kernel for short lists was measured, and the fewest lists
+_SHORT_HEADS, _LEAST_LISTS = 4, 8
+#: tokens of the longest list that it is for: where its blocks do not fill the device, where they do, and where they do
+#: several times over, so that it cuts no list; there only if lists are nearly alike, since the longest is waited for
+_SHORT_FEW, _SHORT_SOME, _SHORT_MANY = 80, 128, 176
 TILE_LIST = (16, 64, 128)
 _TILES = np.array(TILE_LIST)
 #: numbers of slices to choose from
@@ -159,9 +162,24 @@ class Load:
     values: FloatArray
 
 
-def is_short(heads_each: int, num_lists: int, num_tokens: int) -> bool:
-    """Whether lists of so many tokens, with a query row each, are for the kernel for short lists."""
-    return heads_each == _SHORT_HEADS and num_lists >= _LEAST_LISTS and num_tokens <= _SHORT_TOKENS * num_lists
+def is_short(heads: Heads, num_processors: int, num_lists: int, longest: int, num_tokens: int) -> bool:
+    """Whether lists with a query row each are for the kernel for short lists.
+
+    Args:
+        heads: the model's.
+        num_processors: the device's multiprocessors.
+        num_lists: how many.
+        longest: tokens of the longest.
+        num_tokens: tokens of all.
+    """
+    if heads.heads_each != _SHORT_HEADS or num_lists < _LEAST_LISTS:
+        return False
+    blocks = num_lists * heads.num_kv_heads
+    if blocks <= num_processors * 3 // 2:
+        return longest <= _SHORT_FEW
+    if longest <= _SHORT_SOME:
+        return True
+    return blocks > 5 * num_processors and longest <= _SHORT_MANY and 4 * longest * num_lists <= 5 * num_tokens
 
 
 def is_long(num_tokens: int) -> bool:
@@ -224,8 +242,9 @@ def _fa2(
     blocks, parts = np.add.reduceat(np.array((tiles, cut.rows * cut.times)) * chunks, cut.first, axis=1)
     split = longest > chunk
     if heads.heads_each == _SHORT_HEADS:
-        few = (counts >= _LEAST_LISTS) & (total_tokens <= _SHORT_TOKENS * counts)
-        kernel[(total_rows == counts) & few] = SHORT
+        for i in np.flatnonzero((total_rows == counts) & (longest <= _SHORT_MANY)).tolist():
+            if is_short(heads, num_processors, counts.item(i), longest.item(i), total_tokens.item(i)):
+                kernel[i] = SHORT
     num_heads = heads.num_kv_heads
     numbers = blocks * num_heads, work * num_heads, np.minimum(chunk, longest), parts * split, total_rows * split
     return kernel, (*numbers, total_rows, 0 * total_rows)

@@ -62,7 +62,7 @@ def one_fa2_load(
     by_work = -(-tiles * total // max(1, room - tiles * count)) if room > tiles * count else longest
     chunk = max(LEAST_CHUNK, min(by_list, by_work))
     num_chunks = lists.num_chunks(chunk)
-    if rows == 1 and is_short(heads.heads_each, count, total):
+    if rows == 1 and is_short(heads, num_processors, count, longest, total):
         kernel = SHORT
     split, num_heads = longest > chunk, heads.num_kv_heads
     parts = (rows * num_chunks, rows * count) if split else (0, 0)

@@ -25,7 +25,7 @@ from attrs import define, field
 
 from seqattn.attention.places import laid_out
 from seqattn.attention.wrapper import Wrapper
-from seqattn.load import is_short
+from seqattn.load import Heads, is_short
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -63,10 +63,15 @@ class WrapperSet:
     num_qo_heads: int
     num_processors: int
     workspaces: dict[int, torch.Tensor]
+    _heads: Heads = field(init=False)
     _by_kind: dict[tuple[str, int, bool], list[Wrapper]] = field(factory=dict)
     _pinned: torch.Tensor | None = None
     _memory: Int32Array | None = None  # of `_pinned`
     _copied: torch.cuda.Event | None = None
+
+    @_heads.default
+    def _heads_default(self) -> Heads:
+        return Heads(self.num_qo_heads, self.manager.num_heads)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -155,9 +160,13 @@ class WrapperSet:
         return {"disable_split_kv": True} if fills else {}
 
     def _is_short(self, call: KernelCall) -> bool:
-        tokens = len(call.kv_page_indices) * self.manager.page_size
-        heads_each = self.num_qo_heads // self.manager.num_heads
-        return call.kernel == "decode" and is_short(heads_each, len(call.qo_indptr) - 1, tokens)
+        num_lists = len(call.kv_last_page_len)
+        if call.kernel != "decode" or not num_lists:
+            return False
+        page_size, indptr = self.manager.page_size, call.kv_page_indptr
+        longest = int((indptr[1:] - indptr[:-1]).max()) * page_size
+        tokens = len(call.kv_page_indices) * page_size
+        return is_short(self._heads, self.num_processors, num_lists, longest, tokens)
 
     @property
     def _is_small_group(self) -> bool:

@@ -80,15 +80,22 @@ def test_the_smallest_tile_that_the_mean_fits_is_taken() -> None:
 
 
 def test_short_lists_of_single_rows_have_a_kernel_of_their_own() -> None:
-    assert is_short(4, 16, 16 * 176)
-    assert not is_short(4, 16, 16 * 176 + 1)
-    assert not is_short(4, 15, 15 * 16), "too few for a device"
-    assert not is_short(8, 16, 16 * 16), "not measured"
-    kernels = [
-        loads_of(Cut.of([groups(*[size] * 16)]), HEADS, 132, SLICES)[0].kernel[0, 0]
-        for size in ((1, 176), (1, 192), (2, 16))
-    ]
-    assert kernels == [4, 0, 0]
+    def kind(num_lists: int, longest: int, mean: int, heads: Heads = HEADS) -> bool:
+        return is_short(heads, 132, num_lists, longest, num_lists * mean)
+
+    assert [kind(16, n, n) for n in (16, 80, 96)] == [True, True, False], "blocks do not fill the device"
+    assert [kind(64, n, n // 2) for n in (16, 128, 144)] == [True, True, False], "longer lists would be cut"
+    assert [kind(83, n, n) for n in (144, 176, 192)] == [True, True, False], "there are blocks enough"
+    assert kind(128, 160, 128)
+    assert not kind(128, 161, 128), "the others wait for the longest"
+    assert not kind(7, 16, 16), "too few for a device"
+    assert not kind(64, 16, 16, Heads(64, 8)), "not measured"
+    assert not kind(64, 144, 144, Heads(32, 8))
+    assert kind(166, 144, 144, Heads(16, 4)), "half the KV heads take twice the lists"
+    assert not kind(165, 144, 144, Heads(16, 4))
+    for rows, tokens, kernel in ((1, 80, 4), (1, 96, 0), (2, 16, 0)):
+        lists = [groups(*[(rows, tokens)] * 16)]
+        assert loads_of(Cut.of(lists), HEADS, 132, SLICES)[0].kernel[0, 0] == kernel
 
 
 def test_tokens_that_are_read_again_cost_less() -> None:
