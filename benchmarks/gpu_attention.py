@@ -242,6 +242,7 @@ def main() -> None:
         "seed": options.seed,
         "in_line": not options.scattered,
         "ragged": options.ragged,
+        "short_lists": "by the longest",
     }
     print(json.dumps(about))
     drawn = random_shapes(options.random, options.seed)

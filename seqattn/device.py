@@ -98,25 +98,25 @@ class Device:
 
     num_processors: int = 132
     has_fa3: bool = True
-    decode: KernelCost = KernelCost(2.676, 5.928, 4.714e12, 48.16e12, 2.37, 181.5, 2.37)  # noqa: RUF009  frozen
-    fa2_64: KernelCost = KernelCost(2.231, 16.71, 21.98e12, 233.2e12, 0.5258, 88.97, 2.215)  # noqa: RUF009  as above
-    fa2_128: KernelCost = KernelCost(0.1674, 37.89, 44.66e12, 11.2e12, 2.206, 92.25, 3.597)  # noqa: RUF009  as above
-    fa3: KernelCost = KernelCost(3.655, 14.24, 51.34e12, 105.9e12, 0.0, 0.0, 0.7274)  # noqa: RUF009  as above
-    short: KernelCost = KernelCost(0.0002206, 3.798, 2.866e12, 4.792e12, 369.5, 168.7, 10.61)  # noqa: RUF009  as above
-    fa3_in_line: KernelCost = KernelCost(4.034, 10.7, 13.58e12, 206.6e12, 0.0, 0.0, 1.135)  # noqa: RUF009  as above
-    plain_us: float = field(default=6.349, validator=not_negative)
-    start_us: float = field(default=0.1283, validator=not_negative)
-    level_us: float = field(default=6.694, validator=not_negative)
-    last_us: float = field(default=3.334, validator=not_negative)
-    gather_us: float = field(default=2.134, validator=not_negative)
+    decode: KernelCost = KernelCost(2.701, 6.468, 5.922e12, 48.24e12, 2.344, 202.1, 2.441)  # noqa: RUF009  frozen
+    fa2_64: KernelCost = KernelCost(2.062, 16.02, 21.97e12, 233.1e12, 0.5216, 87.36, 2.216)  # noqa: RUF009  as above
+    fa2_128: KernelCost = KernelCost(0.1675, 35.96, 44.64e12, 11.19e12, 2.233, 96.74, 3.595)  # noqa: RUF009  as above
+    fa3: KernelCost = KernelCost(3.521, 13.89, 52.51e12, 106e12, 0.0, 0.0, 0.8001)  # noqa: RUF009  as above
+    short: KernelCost = KernelCost(0.0009995, 3.794, 3.16e12, 4.79e12, 369.3, 168.6, 10.57)  # noqa: RUF009  as above
+    fa3_in_line: KernelCost = KernelCost(4.458, 8.31, 12.96e12, 206.5e12, 0.0, 0.0, 1.002)  # noqa: RUF009  as above
+    plain_us: float = field(default=5.812, validator=not_negative)
+    start_us: float = field(default=0.128, validator=not_negative)
+    level_us: float = field(default=6.68, validator=not_negative)
+    last_us: float = field(default=3.125, validator=not_negative)
+    gather_us: float = field(default=2.3, validator=not_negative)
     fa3_waits: float = field(default=0.85, validator=not_negative)
-    fa2_waits: float = field(default=0.3281, validator=not_negative)
-    spread: float = field(default=0.2938, validator=not_negative)
-    lower_waits: float = field(default=1.813, validator=not_negative)
-    last_waits: float = field(default=0.6664, validator=not_negative)
-    result_ns: float = field(default=0.1131, validator=not_negative)
-    gathered_ns: float = field(default=18.75, validator=not_negative)
-    margin: float = field(default=0.01, validator=not_negative)
+    fa2_waits: float = field(default=0.328, validator=not_negative)
+    spread: float = field(default=0.2889, validator=not_negative)
+    lower_waits: float = field(default=1.846, validator=not_negative)
+    last_waits: float = field(default=0.5836, validator=not_negative)
+    result_ns: float = field(default=0.113, validator=not_negative)
+    gathered_ns: float = field(default=21.19, validator=not_negative)
+    margin: float = field(default=0.02, validator=not_negative)
     margin_us: float = field(default=0.8, validator=not_negative)
     level_margin: float = field(default=0.015, validator=not_negative)
     #: the kernels' numbers, [7, kernels]; and those of each
