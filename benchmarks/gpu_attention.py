@@ -1,7 +1,7 @@
 """Decode attention on a GPU: plain, flashinfer's own cascade, and levels composed and chosen by this library.
 
     python -m benchmarks.gpu_attention --out DIR [--only known|random|ragged] [--every-choice] [--heads 32 8 128]
-        [--random 20] [--seed 0] [--scattered] [--ragged]
+        [--random 20] [--seed 0] [--scattered] [--ragged] [--dtype bfloat16]
 
 Writes a row for each measurement to DIR/rows.jsonl and prints a table. A step is planned once and run in four layers,
 each with memory of its own, so that the L2 cache keeps nothing from one replay to the next; times are a layer's.
@@ -41,7 +41,6 @@ from tests.gpu.batches import attend, relative_error
 from tests.seqattn.truth import Batch
 
 NUM_LAYERS = 4
-DTYPE = torch.bfloat16
 SLICES = (1, 2, 4, 8)
 
 
@@ -57,11 +56,11 @@ class Step:
         self.lens = np.array([len(table) * PAGE_SIZE for table in self.tables], dtype=np.int64)
         self.ones = np.ones_like(self.lens)
         num_pages = 1 + max(int(table.max()) for table in self.tables)
-        sizes = (num_pages, PAGE_SIZE, num_kv_heads, head_dim, DTYPE)
+        sizes = (num_pages, PAGE_SIZE, num_kv_heads, head_dim, getattr(torch, options.dtype))
         self.manager = PagedKVCacheManager(*sizes, "cuda", num_layers=NUM_LAYERS)
         for cache in self.manager.get_memory_tensors():
             cache.normal_()
-        self.q = torch.randn(shape.batch, self.num_qo_heads, head_dim, device="cuda", dtype=DTYPE)
+        self.q = torch.randn(shape.batch, self.num_qo_heads, head_dim, device="cuda", dtype=self.manager.dtype)
         self.attention = PagedAttention(self.manager, self.num_qo_heads, backend="flashinfer")
         self.cost_model = self.attention.cost_model
         self.forest = self.build()
@@ -129,7 +128,7 @@ def plain_by_hand(step: Step) -> tuple[Callable[[], None], Callable[[], None]]:
     sizes = (step.num_qo_heads, manager.num_heads, manager.head_dim, PAGE_SIZE)
 
     def plan() -> None:
-        wrapper.plan(indptr, indices, last, *sizes, q_data_type=DTYPE, kv_data_type=DTYPE)
+        wrapper.plan(indptr, indices, last, *sizes, q_data_type=manager.dtype, kv_data_type=manager.dtype)
 
     def run() -> None:
         for layer in range(NUM_LAYERS):
@@ -152,7 +151,7 @@ def cascade_by_hand(step: Step) -> tuple[Callable[[], None], Callable[[], None]]
     tables[2] = [indices.cuda() for indices in tables[2]]
 
     def plan() -> None:
-        wrapper.plan(*tables, *sizes, q_data_type=DTYPE, kv_data_type=DTYPE)
+        wrapper.plan(*tables, *sizes, q_data_type=manager.dtype, kv_data_type=manager.dtype)
 
     def run() -> None:
         for layer in range(NUM_LAYERS):
@@ -226,6 +225,7 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every-choice", action="store_true")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128])
     options = parser.parse_args()
     options.ragged = options.ragged or options.only == "ragged"
@@ -238,7 +238,7 @@ def main() -> None:
         "copy TB/s": round(rates["copy"] / 1e12, 2),
         "matrix TFLOP/s": round(rates["matrix"] / 1e12),
         "heads": options.heads,
-        "dtype": str(DTYPE),
+        "dtype": f"torch.{options.dtype}",
         "seed": options.seed,
         "in_line": not options.scattered,
         "ragged": options.ragged,

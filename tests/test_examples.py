@@ -30,6 +30,14 @@ def percentages(line: str) -> list[float]:
     return [float(word.rstrip("%")) for word in line.split() if word.endswith("%")]
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_every_example_says_what_it_does(name: str, tmp_path: Path) -> None:
+    about = (ROOT / "examples" / name).read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
+    lines = run(tmp_path, name, "--help")
+    assert lines[0].startswith("usage: ")
+    assert any(about[:60] in line for line in lines)
+
+
 def test_prefix_hit_rate_prints_a_table_and_draws_it(tmp_path: Path) -> None:
     lines = run(tmp_path, "prefix_hit_rate.py", "--quick")
     rows = [percentages(line) for line in lines if line.startswith("│")]
