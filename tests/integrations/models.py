@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -89,6 +90,8 @@ def cancel_again_and_again(engine: Engine, listen: Callable[[], Coroutine[Any, A
     """Runs a task that listens to an answer, and cancels it once its request runs, until it has ended."""
 
     async def interrupt() -> None:
+        # Its one thread is mostly in a step: what is to end the request has to wait for it.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
         task = asyncio.create_task(listen())
         while not engine.num_running:
             await asyncio.sleep(0.001)

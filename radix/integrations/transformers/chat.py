@@ -10,7 +10,6 @@ those of the turns before that place stay.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from radix.integrations.transformers.reader import surely
 from radix.integrations.transformers.text import render
 from radix.session_store import Sessions
 from radix.tokens import TOKEN_BYTES, common_bytes
@@ -161,7 +161,7 @@ class Chat:
             async for piece in self.engine.afollow(request):
                 yield piece
         finally:
-            await asyncio.shield(asyncio.to_thread(self._interrupt, request))
+            await surely(self._interrupt, request)
 
     def _interrupt(self, request: Request) -> None:
         """Ends an answer where it is, if it has not ended."""

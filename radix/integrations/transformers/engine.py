@@ -22,7 +22,7 @@ from radix.cache import PrefixCache
 from radix.integrations.transformers.flight import Steps
 from radix.integrations.transformers.model import manager_for
 from radix.integrations.transformers.open_requests import OpenRequests
-from radix.integrations.transformers.reader import Reader
+from radix.integrations.transformers.reader import Reader, surely
 from radix.integrations.transformers.request import Options, Piece, Request
 from radix.integrations.transformers.runner import Packing, Runner
 from radix.integrations.transformers.sampling import Draw, Sampling
@@ -268,7 +268,7 @@ class Engine:
                 yield piece
         finally:
             # A task may be cancelled again and again: the request ends all the same.
-            await asyncio.shield(asyncio.to_thread(self._drop, request))
+            await surely(self._drop, request)
 
     async def afollow(self, request: Request) -> AsyncIterator[Piece]:
         """`follow` for `async for`."""

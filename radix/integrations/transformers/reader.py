@@ -1,16 +1,26 @@
-"""Reading a request piece by piece."""
+"""Reading a request piece by piece, and ending it from a task that may be cancelled."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from radix.integrations.transformers.request import Piece, Request
 from radix.integrations.transformers.text import TextStream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-__all__ = ["Reader"]
+__all__ = ["Reader", "surely"]
+
+
+async def surely(call: Callable[[Request], None], request: Request) -> None:
+    """Makes a call in a thread, whatever is cancelled meanwhile.
+
+    A thread that waits for its turn inside of a task would never get it if the task is cancelled: a loop that ends
+    cancels all of them.
+    """
+    await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, call, request))
 
 
 class Reader:
