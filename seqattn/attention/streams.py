@@ -32,7 +32,7 @@ class Streams:
             call: makes one on the current stream.
             pause: the last call begins a little later, so that the blocks of the first get their multiprocessors.
         """
-        main, last = torch.cuda.current_stream(self._index), num_calls - 1
+        main, last, is_back = torch.cuda.current_stream(self._index), num_calls - 1, False
         (first, between), (begun, later, first_done, between_done) = self._sides, self._events
         used = [(first, first_done)]
         begun.record(main)
@@ -51,9 +51,11 @@ class Streams:
                 for i in range(1, last):
                     call(i)
             torch.cuda.set_stream(main)
+            is_back = True
             call(last)
         finally:
-            torch.cuda.set_stream(main)
+            if not is_back:
+                torch.cuda.set_stream(main)
             # Also where a call raises: what was launched uses memory that the caller's stream may be given next.
             for stream, done in used:
                 done.record(stream)
