@@ -46,6 +46,8 @@ _LEAST_FLOAT_WORKSPACE = 32 << 20
 #: what a wrapper calls its arrays, and what a call does
 _BUFFERS = {"kv_indptr": "kv_page_indptr", "kv_indices": "kv_page_indices", "kv_last_page_len": "kv_last_page_len"}
 _IN_LINE = "fa3 in line"
+#: where a wrapper writes a schedule before it is copied
+_PINNED = "_pin_memory_int_workspace_buffer"
 
 
 @define(slots=True, eq=False)
@@ -139,6 +141,11 @@ class WrapperSet:
         workspace = self.workspace(lane, float_size)
         made = self._make(call.kind[0], workspace, buffers)
         self._give(made, workspace, max(int_size, _LEAST_INT_WORKSPACE))
+        # In a graph there are more blocks than a plan has work for. Before 0.7, where the plan splits nothing, no mask
+        # keeps them from taking what lies behind it for work: zeros are the first block's, computed once more.
+        pinned = getattr(made, _PINNED, None)
+        if pinned is not None:
+            pinned.zero_()
         return Wrapper(made, len(workspace), int_size)
 
     def single(self, call: KernelCall, lane: int) -> Wrapper:

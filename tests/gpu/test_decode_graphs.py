@@ -168,6 +168,17 @@ def test_graphs_captured_ahead_are_used_by_the_first_step() -> None:
     assert (graphs.num_captures, graphs.num_eager, graphs.num_replays) == (2, 0, 10)
 
 
+def test_blocks_without_work_read_nothing_that_nobody_wrote() -> None:
+    """Schedules lie in pinned memory that others have used before."""
+    used = [torch.full((1 << n,), 1 << 29, dtype=torch.int32, pin_memory=True) for n in range(12, 20) for _ in range(4)]
+    del used
+    engine = Engine(num_sequences=64)
+    graphs = DecodeGraphs(engine.attention, engine.model, [48, 64], max_tokens=1100)
+    graphs.capture(torch.zeros(1, 32, HEAD_DIM, device="cuda", dtype=torch.bfloat16))
+    compare(engine, graphs, 10, hybrid=False)
+    assert graphs.num_replays == 10
+
+
 def test_batches_that_fit_no_graph_are_computed_without() -> None:
     engine = Engine()
     graphs = DecodeGraphs(engine.attention, engine.model, [8], max_tokens=1100, capture_after=1)

@@ -57,6 +57,27 @@ def test_wrappers_that_are_made_in_inference_mode_can_be_planned_outside(monkeyp
     assert [memory.is_inference() for each in made for memory in each.memory] == [False] * 16
 
 
+def test_what_lies_behind_a_schedule_in_a_graph_is_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks without work read it in flashinfer 0.6, where nothing is split."""
+
+    class Made:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def reset_workspace_buffer(self, _: torch.Tensor, ints: torch.Tensor) -> None:
+            self._pin_memory_int_workspace_buffer = torch.full(ints.shape, 99, dtype=torch.uint8)
+
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Made))
+    wrappers = WrapperSet(PagedKVCacheManager(4, 16, 1, 4, torch.float32, "cpu"), 4, 132, {})
+    indptr = np.arange(65, dtype=np.int32)
+    call = KernelCall(
+        "decode", indptr, indptr, indptr[:64], indptr[1:],
+        causal=True, by_group=False, first_query=None, first_part=0, num_rows=64,
+    )  # fmt: skip
+    names = ("qo_indptr", "kv_page_indptr", "kv_page_indices", "kv_last_page_len")
+    wrapper = wrappers.fixed(call, 0, dict.fromkeys(names, torch.zeros(0)))
+    assert not wrapper.made._pin_memory_int_workspace_buffer.any()
+
+
 def test_workspaces_are_large_enough_for_what_is_planned() -> None:
     """Against flashinfer's own formulas: two blocks a multiprocessor, a tile of float32 each; 7 numbers for a tile."""
     manager = PagedKVCacheManager(4, 16, 8, 128, torch.bfloat16, "cpu")
