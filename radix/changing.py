@@ -65,7 +65,9 @@ def _grow_all(state: State, seq_ids: Sequence[Hashable], keys: Sequence[bytes]) 
         counted = zip(seq_ids, growth.num_new_pages, strict=True)
         reserve.commit(reservation, "extend", [s for s, count in counted if count or s in growth.copy_ids])
     for seq_id, key in zip(seq_ids, keys, strict=True):
-        state.running[seq_id].tail += key
+        run = state.running[seq_id]
+        run.tail += key
+        run.may_end_shared = False  # its last page is new, or was seen to be its own
 
 
 def extend_one(state: State, seq_id: Hashable, run: Running, key: bytes) -> None:

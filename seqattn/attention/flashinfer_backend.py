@@ -247,7 +247,9 @@ class FlashInferBackend:
             raise TensorError(f"q is {q.dtype} but the cache holds {self.manager.dtype}: the kernels read one dtype")
         caches = self.manager.layer_tensors(layer)
         if torch.cuda.is_current_stream_capturing() and not prepared.is_fixed:
-            self._captured[1 - self._turn].append(prepared)  # the graph goes on using its memory
+            kept = self._captured[1 - self._turn]
+            if prepared not in kept:
+                kept.append(prepared)  # the graph goes on using its memory
         q = side_by_side(q)
         direct = prepared.work.direct
         with self.on_device():

@@ -164,8 +164,9 @@ class PagedAttention:
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attention of the planned batch in one layer; no gradient.
 
-        May be captured in a CUDA graph after a first run: replays compute the batch that was planned at the capture,
-        and the next `plan` but one voids them. `DecodeGraphs` captures graphs that are replayed for later batches.
+        May be captured in a CUDA graph after a first run: replays compute the batch that was planned at the capture.
+        After the next `plan` but one it must not be replayed: its memory is another plan's. `DecodeGraphs` captures
+        graphs that are replayed for later batches.
 
         Args:
             q: query rows of all sequences in the caller's order, [rows, num_qo_heads, head_dim], float16, bfloat16,

@@ -43,6 +43,8 @@ _SMALL_GROUPS = (1, 2)
 _INT_WORKSPACE = 8 << 20
 _LEAST_INT_WORKSPACE = 256 << 10
 _LEAST_FLOAT_WORKSPACE = 32 << 20
+#: tokens in the mean from which on no list is for the kernel for short ones
+_LONG = 256
 #: what a wrapper calls its arrays, and what a call does
 _BUFFERS = {"kv_indptr": "kv_page_indptr", "kv_indices": "kv_page_indices", "kv_last_page_len": "kv_last_page_len"}
 _IN_LINE = "fa3 in line"
@@ -167,13 +169,12 @@ class WrapperSet:
         return {"disable_split_kv": True} if fills else {}
 
     def _is_short(self, call: KernelCall) -> bool:
-        num_lists = len(call.kv_last_page_len)
-        if call.kernel != "decode" or not num_lists:
+        num_lists, page_size = len(call.kv_last_page_len), self.manager.page_size
+        # Mostly lists are much longer, as is seen at once.
+        if call.kernel != "decode" or not 0 < len(call.kv_page_indices) * page_size <= num_lists * (_LONG + page_size):
             return False
-        page_size, indptr = self.manager.page_size, call.kv_page_indptr
-        longest = int((indptr[1:] - indptr[:-1]).max()) * page_size
-        tokens = len(call.kv_page_indices) * page_size
-        return is_short(self._heads, self.num_processors, num_lists, longest, tokens)
+        lens = call.lens(page_size)
+        return is_short(self._heads, self.num_processors, num_lists, int(lens.max()), int(lens.sum()))
 
     @property
     def _is_small_group(self) -> bool:

@@ -9,7 +9,7 @@ from seqattn import CacheDescriptor, DecodeGraphs, DecodeStep, PagedAttention, P
 from seqattn.attention.calls import Choice, Work
 from seqattn.attention.plan import BatchPlan
 from seqattn.errors import SharedPageError
-from tests.gpu.batches import relative_error
+from tests.gpu.batches import MOST_ERROR, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
@@ -112,7 +112,7 @@ def compare(
         hidden = torch.randn(shape, device="cuda", generator=generator).to(dtype)
         out, total = graphs.replay(engine.data(hybrid=hybrid), hidden)  # type: ignore[arg-type]
         expected = other.by_hand(hidden)
-        assert relative_error(out, expected.float()) < 1e-2
+        assert relative_error(out, expected.float()) < MOST_ERROR[dtype]
         assert relative_error(total, out.float().sum((1, 2))) < 1e-2
         for i in {engine.ids[0], engine.ids[-1]}:
             pages = engine.descriptor.seq_id_to_data[i].kv_page_indices
@@ -169,7 +169,7 @@ def test_graphs_captured_ahead_are_used_by_the_first_step() -> None:
 
 
 def test_blocks_without_work_read_nothing_that_nobody_wrote() -> None:
-    """Schedules lie in pinned memory that others have used before."""
+    """Schedules lie in pinned memory that others have used before; flashinfer 0.6 lets such blocks read it."""
     used = [torch.full((1 << n,), 1 << 29, dtype=torch.int32, pin_memory=True) for n in range(12, 20) for _ in range(4)]
     del used
     engine = Engine(num_sequences=64)
@@ -222,3 +222,4 @@ def test_float16_is_captured_as_well() -> None:
     graphs = DecodeGraphs(engine.attention, engine.model, [32], max_tokens=1100)
     compare(engine, graphs, 20, hybrid=True)
     assert graphs.num_captures >= 1
+    assert graphs.num_replays >= 10

@@ -42,7 +42,7 @@ LOSSES = {
     "(1, 5664, 2, 2640, 320) for 16": 0.08,
     "(32, 16384, 512)": 0.07,
     "(4, 6416, 8, 160, 128) for 128": 0.07,
-    "(1, 16384, 32, 2048, 128) for 256": 0.06,  # with its pages scattered
+    "(1, 16384, 32, 2048, 128) for 256_scattered": 0.06,
     "(4, 944, 16, 1552, 80) for 256": 0.06,
     "(2, 8544, 8, 1632, 96) for 64": 0.07,
     "(16, 2688, 256)": 0.06,
@@ -57,7 +57,16 @@ LOSSES = {
     "(8, 4912, 576)": 0.06,
 }
 #: levels may lose 2 % to plain attention, but here, on shapes of that seed
-SLOWER = {"(8, 4912, 576)": 0.06, "(2, 240, 8, 9952, 112) for 32": 0.025}
+SLOWER = {"(8, 4912, 576)": 0.07, "(2, 240, 8, 9952, 112) for 32": 0.03}
+#: predictions are within 24 % of what was measured, but here
+ERRORS = {
+    "(32, 16384, 512)": 0.26,
+    "(64, 0, 1024)": 0.26,
+    "(512, 43872, 144)": 0.3,
+    "(32, 176, 3632)": 0.33,
+    "(1, 272, 2, 128, 64) for 8": 0.26,
+    "(8, 336, 96)": 0.26,
+}
 
 
 class Recorded:
@@ -132,13 +141,22 @@ def depths_of(runs: list[Run]) -> list[int]:
 SHAPES = [shape for row in ROWS if (shape := Recorded(row)).row["as_now"] or shape.is_as_now]
 
 
+def of(limits: dict[str, float], row: dict[str, Any], usual: float) -> float:
+    """What is named for a row, by its shape or for one file of rows alone."""
+    return limits.get(row["id"], limits.get(row["name"], usual))
+
+
+def test_few_shapes_were_measured_with_other_kernels() -> None:
+    assert (len(ROWS), len(SHAPES)) == (280, 262)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.row["id"])
 def test_what_the_planner_chooses_was_near_the_best_that_was_measured(shape: Recorded) -> None:
     choices = shape.row["choices"]
     slower = choices[shape.chosen] / choices["plain"] - 1
-    assert slower <= SLOWER.get(shape.row["name"], 0.02), "levels do not lose to plain attention"
-    assert shape.loss <= LOSSES.get(shape.row["name"], 0.05), f"{shape.chosen} of {choices}"
-    assert shape.predicted[shape.chosen] == pytest.approx(choices[shape.chosen], rel=0.33)
+    assert slower <= of(SLOWER, shape.row, 0.02), "levels do not lose to plain attention"
+    assert shape.loss <= of(LOSSES, shape.row, 0.05), f"{shape.chosen} of {choices}"
+    assert shape.predicted[shape.chosen] == pytest.approx(choices[shape.chosen], rel=of(ERRORS, shape.row, 0.24))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.row["id"])
@@ -160,7 +178,8 @@ def test_the_planner_is_right_in_most_cases() -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["id"])
 def test_the_recorded_steps_were_right_and_no_slower_than_others(row: dict[str, Any]) -> None:
+    """Those of other kernels for short lists were slower than plain attention, by up to 78 %."""
     assert row["error"] <= 1e-2
     assert row["ours_us"] <= row["cascade_us"] / 1.6
     if row["as_now"]:
-        assert row["ours_us"] <= 1.08 * row["plain_us"]
+        assert row["ours_us"] <= (1 + of(SLOWER, row, 0.02)) * row["plain_us"]

@@ -68,7 +68,9 @@ class Life:
         self.cache.start(self.new_id(), self.tokens(), min_uncached_tokens=self.rng.randint(0, 1))
 
     def extend(self) -> None:
-        self.cache.extend([self.some()], [self.tokens()])
+        running = list(tables(self.cache))
+        some = self.rng.sample(running, self.rng.randint(1, len(running)))
+        self.cache.extend(some, [self.tokens() if self.rng.random() < 0.5 else [7] for _ in some])
 
     def publish(self) -> None:
         seq_id, length = self.some_cut()
@@ -103,6 +105,20 @@ def test_references_to_any_pages_leave_the_cache_sound(seed: int) -> None:
     for _ in range(100):
         life.step()
     life.end()
+
+
+def test_a_last_page_held_by_hand_is_copied_before_several_are_extended() -> None:
+    manager = PageAllocator(8, 4)
+    cache = PrefixCache(manager)
+    for seq_id in "ab":
+        cache.start(seq_id, [1, 2, 3, 4, ord(seq_id)])
+    held = tables(cache)["a"][-1]
+    manager.ref([held])
+    cache.extend(["a", "b"], [6, 7])
+    assert tables(cache)["a"][-1] != held
+    cache.check()
+    manager.unref([held])
+    cache.check()
 
 
 def test_what_is_held_by_hand_is_not_evicted_and_not_counted_on() -> None:

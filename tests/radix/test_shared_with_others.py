@@ -23,6 +23,20 @@ def cached(num_pages: int, *prompts: list[int]) -> PrefixCache:
     return cache
 
 
+def test_pages_are_not_looked_at_for_good_after_a_cut() -> None:
+    """A cut inside a page may leave it shared; once a sequence has grown its last page is its own."""
+    cache = cached(8, [1, 2, 3, 4])
+    for seq_id in "ab":
+        cache.start(seq_id, [1, 2, 3, 4, 5, 6])
+        cache.truncate(seq_id, 3)
+    assert all(run.may_end_shared for run in cache.state.running.values())
+    cache.extend(["a", "b"], [7, 8])
+    assert not any(run.may_end_shared for run in cache.state.running.values())
+    first, second = (cache.descriptor.seq_id_to_data[seq_id].last_page for seq_id in "ab")
+    assert first != second
+    cache.check()
+
+
 def test_a_page_that_a_descriptor_took_over_is_not_evicted() -> None:
     cache = cached(2, [1, 2, 3, 4])
     pages = cache.match([1, 2, 3, 4]).pages

@@ -18,6 +18,7 @@ from seqattn.attention.wrapper import Wrapper
 from seqattn.attention.wrapper_set import WrapperSet, wait_for
 from seqattn.cache import PagedKVCacheManager
 from seqattn.errors import LengthError
+from seqattn.load import SHORT, SLICES, Cut, Groups, Heads, loads_of
 from tests.seqattn.test_calls import HEAD_DIM, NUM_KV_HEADS, in_line
 
 
@@ -55,6 +56,27 @@ def test_wrappers_that_are_made_in_inference_mode_can_be_planned_outside(monkeyp
         for each in made:
             wrappers._give(each, wrappers.workspace(1, 64), 64)
     assert [memory.is_inference() for each in made for memory in each.memory] == [False] * 16
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_short_lists_get_the_kernel_that_was_predicted(page_size: int) -> None:
+    rng = np.random.default_rng(0)
+    manager = PagedKVCacheManager(4, page_size, 8, 128, torch.bfloat16, "cpu")
+    wrappers, heads = WrapperSet(manager, 32, 132, {}), Heads(32, 8)
+    found = []
+    for _ in range(400):
+        count, most = int(rng.integers(1, 300)), int(rng.integers(2, 240))
+        lens = rng.integers(most // 2 if rng.random() < 0.5 else 1, most, count)
+        indptr = np.cumsum([0, *-(-lens // page_size)], dtype=np.int32)
+        pages, last = np.zeros(indptr[-1], dtype=np.int32), ((lens - 1) % page_size + 1).astype(np.int32)
+        call = KernelCall(
+            "decode", np.arange(count + 1, dtype=np.int32), indptr, pages, last,
+            causal=True, by_group=False, first_query=None, first_part=0, num_rows=count,
+        )  # fmt: skip
+        load, _ = loads_of(Cut.of([Groups(np.ones(count, np.int64), lens, int(lens.sum()))]), heads, 132, SLICES)
+        assert wrappers._is_short(call) == (load.kernel[0, 0] == SHORT)
+        found.append(wrappers._is_short(call))
+    assert 50 < sum(found) < 350
 
 
 def test_what_lies_behind_a_schedule_in_a_graph_is_zeros(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ __all__ = ["Reader", "surely"]
 async def surely(call: Callable[[Request], None], request: Request) -> None:
     """Makes a call in a thread, whatever is cancelled meanwhile.
 
-    A thread that waits for its turn inside of a task would never get it if the task is cancelled: a loop that ends
-    cancels all of them.
+    `asyncio.to_thread` is a coroutine: behind `asyncio.shield` it is a task, which a loop that ends cancels, perhaps
+    before a thread has taken the call. A future of the executor is no task.
     """
     await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, call, request))
 
