@@ -113,7 +113,7 @@ class FlashInferBackend:
         self._turn = 0
         self._scratch: Scratch | None = None
         #: what graphs that callers captured go on using, by the set that it was planned with: void when that is again
-        self._captured: tuple[list[Prepared], list[Prepared]] = ([], [])
+        self._captured: tuple[set[Prepared], set[Prepared]] = (set(), set())
         #: a decoding batch, its calls and how long its own lists are; the next is often much the same
         self._known: tuple[BatchPlan, Work, tuple[int, int]] | None = None
         self._codes: tuple[object, list[torch.Tensor]] | None = None  # on the device, and the array that tells them
@@ -247,9 +247,7 @@ class FlashInferBackend:
             raise TensorError(f"q is {q.dtype} but the cache holds {self.manager.dtype}: the kernels read one dtype")
         caches = self.manager.layer_tensors(layer)
         if torch.cuda.is_current_stream_capturing() and not prepared.is_fixed:
-            kept = self._captured[1 - self._turn]
-            if prepared not in kept:
-                kept.append(prepared)  # the graph goes on using its memory
+            self._captured[1 - self._turn].add(prepared)  # the graph goes on using its memory
         q = side_by_side(q)
         direct = prepared.work.direct
         with self.on_device():
