@@ -109,6 +109,7 @@ ORDER = [
     "radix/integrations/transformers/runner.py",
     "radix/integrations/transformers/open_requests.py",
     "radix/integrations/transformers/flight.py",
+    "radix/integrations/transformers/asked.py",
     "radix/integrations/transformers/engine.py",
     "radix/integrations/transformers/chat.py",
     "radix/replay/lines.py",

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from radix.cache import PrefixCache
+from radix.integrations.transformers.asked import request_for
 from radix.integrations.transformers.flight import Steps
 from radix.integrations.transformers.model import manager_for
 from radix.integrations.transformers.open_requests import OpenRequests
@@ -27,18 +28,16 @@ from radix.integrations.transformers.request import Options, Piece, Request
 from radix.integrations.transformers.runner import Packing, Runner
 from radix.integrations.transformers.sampling import Draw, Sampling
 from radix.integrations.transformers.scheduler import Scheduler
-from radix.integrations.transformers.text import TextStream, as_texts, as_token_set, encode, end_tokens
-from seqattn.counts import as_count, positive
-from seqattn.errors import BadValueError, LengthError, PromptTooLargeError, SeqAttnError
+from radix.integrations.transformers.text import end_tokens
+from seqattn.counts import positive
+from seqattn.errors import BadValueError, SeqAttnError
 
 if TYPE_CHECKING:
     from collections.abc import (
         AsyncGenerator,
         AsyncIterator,
         Callable,
-        Collection,
         Generator,
-        Hashable,
         Iterator,
         Sequence,
     )
@@ -52,10 +51,6 @@ if TYPE_CHECKING:
     from seqattn.hybrid import CostModel
 
 __all__ = ["Engine"]
-
-_GREEDY = Sampling()
-#: tokens of an answer at most, by default
-_MOST_NEW = 256
 
 
 class Engine:
@@ -161,23 +156,13 @@ class Engine:
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
-    def submit(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = _MOST_NEW,
-        sampling: Sampling = _GREEDY,
-        stop_tokens: Collection[int] | None = None,
-        stop_texts: Sequence[str] = (),
-        namespace: Hashable = None,
-        request_id: Hashable = None,
-    ) -> Request:
+    def submit(self, prompt: Prompt, **options: Unpack[Options]) -> Request:
         """Queues a prompt; `step` and all that call it compute it. Waits for nothing; an interrupt queues nothing.
 
         Args:
             prompt: token ids (list, array or tensor); a text; or messages (`[{"role": …, "content": …}, …]`), which
                 the tokenizer's chat template turns into a text.
-            max_new_tokens: tokens of the answer at most.
+            max_new_tokens: tokens of the answer at most; 256 by default.
             sampling: greedy by default.
             stop_tokens: end after any of these, which is then the last token; None for `end_tokens`, () for none.
             stop_texts: end before any of these in the text, which is cut there (the tokens are not).
@@ -191,16 +176,7 @@ class Engine:
             BadValueError: a text or stop text without a tokenizer, an empty stop text, or an option of a wrong type.
             DuplicateSequenceError: `request_id` is running, or waits to.
         """
-        request = self._request(
-            prompt,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop_tokens=stop_tokens,
-            stop_texts=stop_texts,
-            namespace=namespace,
-            request_id=request_id,
-        )
-        return self._enter(request)
+        return self._enter(request_for(self, prompt, **options))
 
     def generate(self, prompts: Sequence[Prompt], **options: Unpack[Options]) -> list[Request]:
         """Submits prompts, and steps until all are finished; `options` are those of `submit`, for each.
@@ -235,7 +211,7 @@ class Engine:
         Raises:
             What `submit` raises.
         """
-        return self._stream(self._request(prompt, **options))
+        return self._stream(request_for(self, prompt, **options))
 
     def _stream(self, request: Request) -> Generator[Piece, None, None]:
         try:
@@ -259,7 +235,7 @@ class Engine:
         Raises:
             What `submit` raises, when `stream` does.
         """
-        return self._astream(self._request(prompt, **options))
+        return self._astream(request_for(self, prompt, **options))
 
     async def _astream(self, request: Request) -> AsyncGenerator[Piece, None]:
         try:
@@ -381,32 +357,6 @@ class Engine:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _request(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = _MOST_NEW,
-        sampling: Sampling = _GREEDY,
-        stop_tokens: Collection[int] | None = None,
-        stop_texts: Sequence[str] = (),
-        namespace: Hashable = None,
-        request_id: Hashable = None,
-    ) -> Request:
-        """What `submit` was asked for, checked; queued nowhere."""
-        ids = encode(self.tokenizer, prompt, self.shape.vocab_size)
-        most = as_count("max_new_tokens", max_new_tokens, 1)
-        self._refuse_too_long(len(ids), most)
-        stops = self.end_tokens if stop_tokens is None else as_token_set(stop_tokens)
-        watch = TextStream(self.tokenizer, as_texts(stop_texts, self.tokenizer)) if stop_texts else None
-        draw = Draw(sampling)
-        if request_id is not None:
-            self.cache.descriptor.refuse_running(request_id)
-        try:
-            hash(namespace)
-        except TypeError as error:
-            raise BadValueError(f"namespace must be hashable, not {namespace!r}: {error}") from None
-        return Request(request_id, ids, namespace, most, draw, stops, self.tokenizer, watch)
-
     def _enter(self, request: Request) -> Request:
         """Queues what was checked, under its id or one of the engine's; what raises, an interrupt too, undoes it."""
         request.submitted_at = self.clock()
@@ -425,18 +375,6 @@ class Engine:
         """Cancels a request, if it is one of the engine's that has not ended."""
         if self._requests.has(request):
             self.cancel(request)
-
-    def _refuse_too_long(self, num_prompt: int, max_new_tokens: int) -> None:
-        num_tokens = num_prompt + max_new_tokens - 1  # the last token is never fed back
-        most, page_size = self.shape.max_positions, self.cache.tree.page_size
-        if most is not None and num_tokens > most:
-            raise LengthError(
-                f"{num_prompt} prompt tokens and {max_new_tokens} new ones do not fit the model's {most} positions: "
-                "shorten the prompt or lower max_new_tokens"
-            )
-        num_pages = -(-num_tokens // page_size)
-        if num_pages > self.cache.manager.num_pages:
-            raise PromptTooLargeError(num_pages, self.cache.manager.num_pages)
 
     def _advance(self, request: Request, num_seen: int) -> None:
         """Steps once, unless the request has more tokens than the caller has seen, or is finished."""
