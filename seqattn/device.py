@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from attrs import define, field
+from attrs import define, field, validators
 
 from seqattn.errors import BadValueError
 from seqattn.load import SLICES, Cut, Groups, Heads, loads_of, slices_for
@@ -76,6 +76,7 @@ class Device:
     Attributes:
         num_processors: multiprocessors.
         has_fa3: whether it runs fa3.
+        has_short: whether short lists have their own kernel; in CUDA graphs of steps they have not.
         decode: tiles of 16; of rows that are one for each sequence.
         fa2_64, fa2_128: larger tiles.
         fa3: the other kernel.
@@ -98,6 +99,7 @@ class Device:
 
     num_processors: int = 132
     has_fa3: bool = True
+    has_short: bool = field(default=True, validator=validators.instance_of(bool))
     decode: KernelCost = KernelCost(2.701, 6.468, 5.922e12, 48.24e12, 2.344, 202.1, 2.441)  # noqa: RUF009  frozen
     fa2_64: KernelCost = KernelCost(2.062, 16.02, 21.97e12, 233.1e12, 0.5216, 87.36, 2.216)  # noqa: RUF009  as above
     fa2_128: KernelCost = KernelCost(0.1675, 35.96, 44.64e12, 11.19e12, 2.233, 96.74, 3.595)  # noqa: RUF009  as above
@@ -176,7 +178,8 @@ class Device:
             num_shared: shared levels of each choice.
             heads: the model's.
         """
-        load, makes_sense = loads_of(cut, heads, self.num_processors, slices_for(heads, self.slices))
+        slices = slices_for(heads, self.slices)
+        load, makes_sense = loads_of(cut, heads, self.num_processors, slices, has_short=self.has_short)
         bodies = bodies_of(self, load, heads)
         last = bodies[:, cut.num_shared :, 0]
         plain = (self.plain_us + last[0] + last[1]).tolist()

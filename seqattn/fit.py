@@ -112,7 +112,7 @@ class _Steps:
         self.by_levels: list[tuple[list[int], list[Load]]] = []
         for shared in range(3):
             which = [i for i, step in enumerate(measured) if len(step.levels) == shared + 1]
-            loads = [_load(measured[i], heads, device.num_processors) for i in which]
+            loads = [_load(measured[i], heads, device) for i in which]
             calls = [_stacked([load[level] for load in loads]) for level in range(shared + 1)] if loads else []
             self.by_levels.append((which, calls))
 
@@ -129,9 +129,9 @@ class _Steps:
         return us
 
 
-def _load(step: Measured, heads: Heads, num_processors: int) -> list[Load]:
+def _load(step: Measured, heads: Heads, device: Device) -> list[Load]:
     slices = np.array(sorted({n for n in step.slices if n} or {1}))
-    load, _ = loads_of(Cut.of(step.levels), heads, num_processors, slices)
+    load, _ = loads_of(Cut.of(step.levels), heads, device.num_processors, slices, has_short=device.has_short)
     ways = [*(1 + slices.tolist().index(n) if n else 0 for n in step.slices), 0]
     return [Load(load.kernel[level, way], load.values[:, level, way]) for level, way in enumerate(ways)]
 

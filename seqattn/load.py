@@ -195,8 +195,17 @@ def slices_for(heads: Heads, slices: Int64Array) -> Int64Array:
     return slices[: np.searchsorted(slices, max(_SLICES_OF_FEW // heads.num_kv_heads, _MOST_SLICES), side="right")]
 
 
-def loads_of(cut: Cut, heads: Heads, num_processors: int, slices: Int64Array) -> tuple[Load, npt.NDArray[np.bool_]]:
+def loads_of(
+    cut: Cut, heads: Heads, num_processors: int, slices: Int64Array, *, has_short: bool = True
+) -> tuple[Load, npt.NDArray[np.bool_]]:
     """What each level does by fa2 (or decode), and by fa3 in each number of slices; O(groups * slices).
+
+    Args:
+        cut: the levels.
+        heads: the model's.
+        num_processors: the device's multiprocessors.
+        slices: numbers of slices.
+        has_short: short lists have their own kernel.
 
     Returns:
         The loads, [levels, 1 + slices], and which of them make sense: no slice is too short, no last level is sliced.
@@ -212,7 +221,7 @@ def loads_of(cut: Cut, heads: Heads, num_processors: int, slices: Int64Array) ->
     if cut.in_line is not None and cut.in_line.any():
         kernel[cut.in_line[:, None] & (-(-longest[:, None] // np.r_[1, slices]) >= _LEAST_IN_LINE)] = FA3_IN_LINE
     kernel[:, 0], values[:7, :, 0] = _fa2(
-        cut, heads, num_processors, (counts, level, longest, total_rows, total_tokens)
+        cut, heads, num_processors, (counts, level, longest, total_rows, total_tokens), has_short=has_short
     )
     if cut.num_shared and len(slices):
         values[:7, : cut.num_shared, 1:] = _fa3(cut, heads, (level, longest), slices)
@@ -224,7 +233,7 @@ def loads_of(cut: Cut, heads: Heads, num_processors: int, slices: Int64Array) ->
 
 
 def _fa2(
-    cut: Cut, heads: Heads, num_processors: int, sums: tuple[Int64Array, ...]
+    cut: Cut, heads: Heads, num_processors: int, sums: tuple[Int64Array, ...], *, has_short: bool
 ) -> tuple[Int64Array, tuple[Int64Array, ...]]:
     """Kernel and the first seven numbers of each level."""
     counts, level, longest, total_rows, total_tokens = sums
@@ -241,7 +250,7 @@ def _fa2(
     chunks = -(-cut.tokens // chunk[level])
     blocks, parts = np.add.reduceat(np.array((tiles, cut.rows * cut.times)) * chunks, cut.first, axis=1)
     split = longest > chunk
-    if heads.heads_each == _SHORT_HEADS:
+    if has_short and heads.heads_each == _SHORT_HEADS:
         for i in np.flatnonzero((total_rows == counts) & (longest <= _SHORT_MANY)).tolist():
             if is_short(heads, num_processors, counts.item(i), longest.item(i), total_tokens.item(i)):
                 kernel[i] = SHORT

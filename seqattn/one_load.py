@@ -42,7 +42,7 @@ class Lists(NamedTuple):
 
 
 def one_fa2_load(
-    heads: Heads, num_processors: int, rows: int, lists: Lists, different: int
+    heads: Heads, num_processors: int, rows: int, lists: Lists, different: int, *, has_short: bool = True
 ) -> tuple[int, tuple[float, ...]]:
     """Kernel and numbers of one call by fa2 (or decode), as `loads_of` has them, of groups of as many rows each.
 
@@ -52,6 +52,7 @@ def one_fa2_load(
         rows: of each group.
         lists: of the groups.
         different: different tokens among them all.
+        has_short: short lists have their own kernel.
     """
     count, longest, total = lists[:3]
     packed = rows * heads.heads_each
@@ -62,7 +63,7 @@ def one_fa2_load(
     by_work = -(-tiles * total // max(1, room - tiles * count)) if room > tiles * count else longest
     chunk = max(LEAST_CHUNK, min(by_list, by_work))
     num_chunks = lists.num_chunks(chunk)
-    if rows == 1 and is_short(heads, num_processors, count, longest, total):
+    if has_short and rows == 1 and is_short(heads, num_processors, count, longest, total):
         kernel = SHORT
     split, num_heads = longest > chunk, heads.num_kv_heads
     parts = (rows * num_chunks, rows * count) if split else (0, 0)

@@ -52,7 +52,8 @@ class Ways:
 
     def fa2(self, rows: int, lists: Lists, different: int) -> Body:
         """A call by fa2, or decode; the arguments are those of `one_fa2_load`."""
-        kernel, load = one_fa2_load(self.heads, self.device.num_processors, rows, lists, different)
+        given = (self.heads, self.device.num_processors, rows, lists, different)
+        kernel, load = one_fa2_load(*given, has_short=self.device.has_short)
         return self._body(kernel, load)
 
     def shared(self, rows: int, lists: Lists, different: int, *, in_line: bool = False) -> tuple[list[int], list[Body]]:

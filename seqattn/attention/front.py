@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 import torch
+from attrs import evolve
 
 from seqattn.attention.plan import Planner
 from seqattn.cache import PagedKVCacheManager
@@ -113,6 +114,7 @@ class PagedAttention:
         self._shape: tuple[int, ...] | None = None  # of the planned queries
         self._prepared: Any = None
         self._rows: torch.Tensor | None = None
+        self._in_graphs: tuple[Device | None, CostModel] | None = None  # its device remembers what was chosen
 
     @property
     def cost_model(self) -> CostModel:
@@ -120,6 +122,15 @@ class PagedAttention:
         manager = self.manager
         sizes = (self.num_qo_heads, manager.num_heads, manager.head_dim, manager.dtype.itemsize)
         return CostModel.for_heads(*sizes, device=self._impl.costs)
+
+    @property
+    def graph_cost_model(self) -> CostModel:
+        """The same for steps that are replayed as CUDA graphs, which have no kernel of its own for short lists."""
+        costs = self._impl.costs
+        if self._in_graphs is None or self._in_graphs[0] is not costs:
+            device = None if costs is None else evolve(costs, has_short=False)
+            self._in_graphs = costs, evolve(self.cost_model, device=device or self.cost_model.device)
+        return self._in_graphs[1]
 
     def plan(
         self,

@@ -11,7 +11,7 @@
     graphs = DecodeGraphs(attention, model, [1, 8, 64, 256], max_tokens=32768)
     while running:
         descriptor.allocate_decoding(ids)                     # one more token each
-        data = descriptor.pack_hybrid_for_flashinfer(ids, cost_model=attention.cost_model)
+        data = descriptor.pack_hybrid_for_flashinfer(ids, cost_model=attention.graph_cost_model)
         logits = graphs.replay(data, tokens, positions)       # or plain data
 
 Several new tokens of one sequence are as many sequences, each of the tokens up to its own: all keys and values of a

@@ -20,6 +20,8 @@ from seqattn import (
     PagedKVCacheManager,
     TensorError,
 )
+from seqattn.attention import PagedAttention
+from seqattn.device import Device
 from tests.integrations.byte_tokenizer import ByteTokenizer
 from tests.integrations.models import Untyped, make
 
@@ -311,6 +313,23 @@ def test_the_end_token_is_the_tokenizers_where_the_model_names_none() -> None:
     assert Engine.for_model(model, ByteTokenizer(), num_pages=4).end_tokens == {ByteTokenizer.eos_token_id}
     model.generation_config.eos_token_id = [3, 4]
     assert Engine.for_model(model, ByteTokenizer(), num_pages=4).end_tokens == {3, 4}
+
+
+@pytest.mark.parametrize("graph_sizes", [None, (2, 4)])
+def test_levels_are_weighed_as_graphs_compute_them(monkeypatch: pytest.MonkeyPatch, graph_sizes: Untyped) -> None:
+    class OnCuda(PagedAttention):
+        def __init__(self, *arguments: Untyped, **options: Untyped) -> None:
+            super().__init__(*arguments, **options)
+            self.backend = "flashinfer"
+            self._impl.costs = Device()
+
+    model = make("Llama")
+    monkeypatch.setattr("radix.integrations.transformers.runner.PagedAttention", OnCuda)
+    monkeypatch.setattr("radix.integrations.transformers.runner.decoder_for", lambda *_, **__: graph_sizes)
+    engine = Engine(model, None, PrefixCache(manager_for(model, num_pages=64)), graph_sizes=graph_sizes)
+    model_of_costs: Untyped = engine.runner.packer.cost_model
+    assert model_of_costs.device.has_short == (graph_sizes is None)
+    engine.close()
 
 
 def test_a_cost_model_decides_what_is_packed_as_shared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 
 from seqattn.attention import PagedAttention, flashinfer_backend
 from seqattn.cache import PagedKVCacheManager
-from seqattn.device import Heads
+from seqattn.device import Device, Heads
 from seqattn.errors import BadValueError, LengthError, MissingExtraError, PageError, SeqAttnError, TensorError
 from seqattn.hybrid import pack_hybrid
 from seqattn.packed import FlashInferHybridData, FlashInferPackedData, HybridLevel
@@ -64,6 +65,19 @@ def test_the_cost_model_has_the_heads_of_the_attention() -> None:
     model = PagedAttention(MANAGER, 6).cost_model
     assert model.heads == Heads(6, 2, 4, 4)
     assert model.kv_bytes_per_token == 2 * 2 * 4 * 4
+
+
+def test_graphs_are_weighed_without_the_kernel_for_short_lists() -> None:
+    attention: Any = PagedAttention(MANAGER, 6)
+    attention._impl.costs = None
+    assert attention.graph_cost_model == attention.cost_model, "nobody knows what its kernels cost"
+    for costs in (Device(), Device(level_us=9.0)):
+        attention._impl.costs = costs
+        model = attention.graph_cost_model
+        assert attention.cost_model.device is costs
+        assert model.device == evolve(costs, has_short=False)
+        assert model.heads == attention.cost_model.heads
+        assert attention.graph_cost_model.device is model.device, "it remembers what was chosen"
 
 
 def test_run_needs_a_plan() -> None:

@@ -101,7 +101,14 @@ def test_a_folder_that_cannot_be_looked_at_is_left_aside(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("plain_us", -1.0), ("num_processors", 0), ("has_fa3", 1), ("decode", {"wave_us": 1.0}), ("margin", "x")],
+    [
+        ("plain_us", -1.0),
+        ("num_processors", 0),
+        ("has_fa3", 1),
+        ("has_short", 1),
+        ("decode", {"wave_us": 1.0}),
+        ("margin", "x"),
+    ],
 )
 def test_a_number_in_a_file_that_makes_no_sense_is_refused(tmp_path: Path, name: str, value: object) -> None:
     path, _ = saved(tmp_path)

@@ -96,6 +96,7 @@ def test_short_lists_of_single_rows_have_a_kernel_of_their_own() -> None:
     for rows, tokens, kernel in ((1, 80, 4), (1, 96, 0), (2, 16, 0)):
         lists = [groups(*[(rows, tokens)] * 16)]
         assert loads_of(Cut.of(lists), HEADS, 132, SLICES)[0].kernel[0, 0] == kernel
+        assert loads_of(Cut.of(lists), HEADS, 132, SLICES, has_short=False)[0].kernel[0, 0] == 0
 
 
 def test_tokens_that_are_read_again_cost_less() -> None:

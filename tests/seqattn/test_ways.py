@@ -37,10 +37,12 @@ def steps(draw: st.DrawFn) -> tuple[list[Groups], Groups]:
 
 
 @settings(max_examples=300)
-@given(steps(), heads, st.booleans())
-def test_they_are_the_ways_that_numpy_finds(step: tuple[list[Groups], Groups], heads: Heads, has_fa3: bool) -> None:
+@given(steps(), heads, st.booleans(), st.booleans())
+def test_they_are_the_ways_that_numpy_finds(
+    step: tuple[list[Groups], Groups], heads: Heads, has_fa3: bool, has_short: bool
+) -> None:
     shared, last = step
-    device = evolve(Device(), has_fa3=has_fa3)
+    device = evolve(Device(), has_fa3=has_fa3, has_short=has_short)
     found = best_slices(device, heads, shared, last)
     assert found is not None
     us, slices = found

@@ -80,12 +80,13 @@ class Runner:
         self.model = model
         self.cache = cache
         self.packing = packing
-        if cost_model == "auto":
-            cost_model = self.attention.cost_model if self.attention.backend == "flashinfer" else None
-        self.packer = HybridPacker(cache, cost_model)
         slots = manager.num_pages * manager.page_size
         most = min(self.shape.max_positions or slots, slots)
         self.decoder = decoder_for(model, self.attention, graph_sizes, max_requests=max_requests, max_tokens=most)
+        if cost_model == "auto":
+            own = self.attention.cost_model if self.decoder is None else self.attention.graph_cost_model
+            cost_model = own if self.attention.backend == "flashinfer" else None
+        self.packer = HybridPacker(cache, cost_model)
         #: an engine that was there before has taken the model's own; this is what a model has unless told otherwise
         usual = "sdpa" if model._supports_sdpa else "eager"
         had: str = model.config._attn_implementation
