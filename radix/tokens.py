@@ -118,12 +118,12 @@ def _as_array(tokens: Tokens) -> npt.NDArray[Any]:
     if isinstance(tokens, (str, bytes, bytearray)):
         raise TokenError(f"token ids must be integers, not {type(tokens).__name__}: encode the text first")
     given: Any = tokens
+    if getattr(given, "is_meta", False):
+        raise TokenError('token ids must have values, and a torch tensor on the device "meta" has none')
     try:
         # A torch tensor may lie on another device, or be a lazy view.
         ids: npt.NDArray[Any] = np.asarray(given.numpy(force=True) if hasattr(given, "detach") else given)
-    # numpy raises ValueError for lists of different lengths, torch TypeError for a tensor without a numpy form (sparse)
-    # and NotImplementedError for one without values (on the device "meta"): none of them is a list of token ids.
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError) as error:  # numpy: lists of different lengths; torch: a tensor that is sparse, say
         raise TokenError(f"token ids must be a flat list of integers in [0, 2**31): {error}") from None
     if isinstance(tokens, (list, tuple)) and ids.ndim == 1 and ids.dtype.kind in "iu":
         _refuse_bools(tokens, ids)

@@ -40,6 +40,7 @@ __all__ = [
     "FA3_IN_LINE",
     "LEAST_CHUNK",
     "LEAST_SLICE",
+    "MOST_SHORT",
     "SHORT",
     "SLICES",
     "TILE_LIST",
@@ -59,7 +60,7 @@ FA3, SHORT, FA3_IN_LINE = 3, 4, 5
 _SHORT_HEADS, _LEAST_LISTS = 4, 8
 #: tokens of the longest list that it is for: where its blocks do not fill the device, where they do, and where they do
 #: several times over, so that it cuts no list; there only if lists are nearly alike, since the longest is waited for
-_SHORT_FEW, _SHORT_SOME, _SHORT_MANY = 80, 128, 176
+_SHORT_FEW, _SHORT_SOME, MOST_SHORT = 80, 128, 176
 TILE_LIST = (16, 64, 128)
 _TILES = np.array(TILE_LIST)
 #: numbers of slices to choose from
@@ -179,7 +180,7 @@ def is_short(heads: Heads, num_processors: int, num_lists: int, longest: int, nu
         return longest <= _SHORT_FEW
     if longest <= _SHORT_SOME:
         return True
-    return blocks > 5 * num_processors and longest <= _SHORT_MANY and 4 * longest * num_lists <= 5 * num_tokens
+    return blocks > 5 * num_processors and longest <= MOST_SHORT and 4 * longest * num_lists <= 5 * num_tokens
 
 
 def is_long(num_tokens: int) -> bool:
@@ -251,7 +252,7 @@ def _fa2(
     blocks, parts = np.add.reduceat(np.array((tiles, cut.rows * cut.times)) * chunks, cut.first, axis=1)
     split = longest > chunk
     if has_short and heads.heads_each == _SHORT_HEADS:
-        for i in np.flatnonzero((total_rows == counts) & (longest <= _SHORT_MANY)).tolist():
+        for i in np.flatnonzero((total_rows == counts) & (longest <= MOST_SHORT)).tolist():
             if is_short(heads, num_processors, counts.item(i), longest.item(i), total_tokens.item(i)):
                 kernel[i] = SHORT
     num_heads = heads.num_kv_heads

@@ -20,13 +20,13 @@ from seqattn.attention.plan import Planner
 from seqattn.cache import PagedKVCacheManager
 from seqattn.cost import CostModel
 from seqattn.counts import positive
+from seqattn.device import Device
 from seqattn.errors import BadValueError, SeqAttnError, TensorError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from seqattn.attention.plan import BatchPlan
-    from seqattn.device import Device
     from seqattn.packed import FlashInferHybridData, FlashInferPackedData
 
 __all__ = ["PagedAttention"]
@@ -114,23 +114,25 @@ class PagedAttention:
         self._shape: tuple[int, ...] | None = None  # of the planned queries
         self._prepared: Any = None
         self._rows: torch.Tensor | None = None
-        self._in_graphs: tuple[Device | None, CostModel] | None = None  # its device remembers what was chosen
+        self._in_graphs: tuple[Device | None, CostModel] | None = None  # `graph_cost_model`, and what it was made of
 
     @property
     def cost_model(self) -> CostModel:
         """What levels cost with these heads on this device: `pack_hybrid_for_flashinfer(ids, cost_model=...)`."""
-        manager = self.manager
-        sizes = (self.num_qo_heads, manager.num_heads, manager.head_dim, manager.dtype.itemsize)
-        return CostModel.for_heads(*sizes, device=self._impl.costs)
+        return self._model_of(self._impl.costs)
 
     @property
     def graph_cost_model(self) -> CostModel:
-        """The same for steps that are replayed as CUDA graphs, which have no kernel of its own for short lists."""
+        """The same for steps that `DecodeGraphs` replays, which do without the kernel for short lists; made once."""
         costs = self._impl.costs
         if self._in_graphs is None or self._in_graphs[0] is not costs:
-            device = None if costs is None else evolve(costs, has_short=False)
-            self._in_graphs = costs, evolve(self.cost_model, device=device or self.cost_model.device)
+            self._in_graphs = costs, self._model_of(evolve(costs or Device(), has_short=False))
         return self._in_graphs[1]
+
+    def _model_of(self, device: Device | None) -> CostModel:
+        manager = self.manager
+        sizes = (self.num_qo_heads, manager.num_heads, manager.head_dim, manager.dtype.itemsize)
+        return CostModel.for_heads(*sizes, device=device)
 
     def plan(
         self,

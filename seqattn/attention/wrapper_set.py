@@ -25,7 +25,7 @@ from attrs import define, field
 
 from seqattn.attention.places import laid_out
 from seqattn.attention.wrapper import Wrapper
-from seqattn.load import Heads, is_short
+from seqattn.load import MOST_SHORT, Heads, is_short
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -43,8 +43,6 @@ _SMALL_GROUPS = (1, 2)
 _INT_WORKSPACE = 8 << 20
 _LEAST_INT_WORKSPACE = 256 << 10
 _LEAST_FLOAT_WORKSPACE = 32 << 20
-#: tokens in the mean from which on no list is for the kernel for short ones
-_LONG = 256
 #: what a wrapper calls its arrays, and what a call does
 _BUFFERS = {"kv_indptr": "kv_page_indptr", "kv_indices": "kv_page_indices", "kv_last_page_len": "kv_last_page_len"}
 _IN_LINE = "fa3 in line"
@@ -67,15 +65,10 @@ class WrapperSet:
     num_qo_heads: int
     num_processors: int
     workspaces: dict[int, torch.Tensor]
-    _heads: Heads = field(init=False)
     _by_kind: dict[tuple[str, int, bool], list[Wrapper]] = field(factory=dict)
     _pinned: torch.Tensor | None = None
     _memory: Int32Array | None = None  # of `_pinned`
     _copied: torch.cuda.Event | None = None
-
-    @_heads.default
-    def _heads_default(self) -> Heads:
-        return Heads(self.num_qo_heads, self.manager.num_heads)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -170,11 +163,12 @@ class WrapperSet:
 
     def _is_short(self, call: KernelCall) -> bool:
         num_lists, page_size = len(call.kv_last_page_len), self.manager.page_size
+        slots = len(call.kv_page_indices) * page_size
         # Mostly lists are much longer, as is seen at once.
-        if call.kernel != "decode" or not 0 < len(call.kv_page_indices) * page_size <= num_lists * (_LONG + page_size):
+        if call.kernel != "decode" or not 0 < slots <= num_lists * (MOST_SHORT + page_size):
             return False
-        lens = call.lens(page_size)
-        return is_short(self._heads, self.num_processors, num_lists, int(lens.max()), int(lens.sum()))
+        heads, lens = Heads(self.num_qo_heads, self.manager.num_heads), call.lens(page_size)
+        return is_short(heads, self.num_processors, num_lists, int(lens.max()), int(lens.sum()))
 
     @property
     def _is_small_group(self) -> bool:

@@ -234,26 +234,6 @@ def test_a_cache_on_the_second_device_is_read_there() -> None:
     assert torch.cuda.current_device() == 0
 
 
-def test_a_graph_that_was_captured_by_hand_is_let_go_when_its_plan_is_void() -> None:
-    case = Case(32, 8, 128, 16, torch.bfloat16)
-    batch = random_batch(6, 16, most_rows=1)
-    manager = case.manager(batch)
-    fill(manager, 0)
-    attention = PagedAttention(manager, 32)
-    q = torch.randn(len(batch.tables), 32, 128, device="cuda", dtype=torch.bfloat16)
-    attention.plan(hybrid(batch))
-    attention.run(q)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        attention.run(q)
-    impl: Any = attention._impl
-    captured = attention._prepared
-    attention.plan(plain(batch))
-    assert any(captured is each for kept in impl._captured for each in kept)
-    attention.plan(plain(batch))
-    assert not any(impl._captured)
-
-
 def test_rows_that_see_nothing_and_sequences_without_rows() -> None:
     manager = PagedKVCacheManager(8, 16, 8, 128, torch.bfloat16, "cuda")
     fill(manager, 0)
@@ -346,7 +326,7 @@ def test_a_cache_that_the_kernels_do_not_read_gets_the_torch_backend() -> None:
             PagedAttention(manager, 2, backend="flashinfer")
 
 
-def test_run_can_be_captured_in_a_graph() -> None:
+def test_run_can_be_captured_in_a_graph_which_is_let_go_when_its_plan_is_void() -> None:
     case = Case(32, 8, 128, 16, torch.bfloat16)
     batch = random_batch(6, 16, most_rows=1)
     manager = case.manager(batch)
@@ -362,3 +342,9 @@ def test_run_can_be_captured_in_a_graph() -> None:
         q.normal_()
         graph.replay()
         assert relative_error(out, attend(manager, batch, q)[0]) < 1e-2
+    impl: Any = attention._impl
+    captured = attention._prepared
+    attention.plan(plain(batch))
+    assert any(captured in kept for kept in impl._captured)
+    attention.plan(plain(batch))
+    assert not any(impl._captured)

@@ -112,7 +112,7 @@ class TextStream:
         self.stop: int | None = None
         self._tokens: list[int] = []
         self._begin = self._end = 0
-        self._num_held = 0
+        self._num_held = 0  # tokens in a row behind which the text ended with an incomplete character
 
     @property
     def num_tokens(self) -> int:
