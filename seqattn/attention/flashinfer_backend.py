@@ -112,7 +112,7 @@ class FlashInferBackend:
         self.sets = tuple(WrapperSet(manager, num_qo_heads, self.num_processors, workspaces) for _ in range(2))
         self._turn = 0
         self._scratch: Scratch | None = None
-        #: what graphs that callers captured go on using, by the set that it was planned with: void when that is again
+        #: what graphs captured by callers go on using, for each set: let go when that set is planned anew
         self._captured: tuple[set[Prepared], set[Prepared]] = (set(), set())
         #: a decoding batch, its calls and how long its own lists are; the next is often much the same
         self._known: tuple[BatchPlan, Work, tuple[int, int]] | None = None
