@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from seqattn.one_load import Lists
-from seqattn.ways import Ways
+from seqattn.ways import Step, Ways
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from seqattn.device import Device
     from seqattn.forest import Run
     from seqattn.load import Heads
-    from seqattn.ways import Body, Way
+    from seqattn.ways import Body
 
     Int64Array = npt.NDArray[np.int64]
 
@@ -84,34 +84,14 @@ class AlikeSteps:
     def best(self, choices: Sequence[Sequence[int]]) -> int:
         """Which of these sets of depths to keep, none the first, of at most two depths each.
 
-        Cost: some two microseconds for each way to compute a call, less than one for each two of them, and three for
-        each two that could be the fastest: mostly these are the first.
+        Cost: some two microseconds for each way to compute a call, and what `Ways.choose` costs.
         """
-        device = self.by.device
-        enough = device.enough_us(self.least_us(()))
-        factors = [device.harder(len(kept)) for kept in choices]
-        ways = [
-            (way.at_least * factors[i], i, way) for i, kept in enumerate(choices) if kept for way in self.ways(kept)
-        ]
-        best, best_us, least = 0, enough, enough * max(factors)
-        for at_least, i, way in sorted(ways):
-            if at_least >= least:
-                break
-            us = self.by.step_us(way)
-            if us * factors[i] < least:
-                best, best_us, least = i, us, us * factors[i]
-        return best if best_us < enough else 0
+        return self.by.choose([self.step(kept) for kept in choices])
 
-    def least_us(self, kept: Sequence[int]) -> float:
-        """The least time of a step with these depths as levels."""
-        return min(map(self.by.step_us, self.ways(kept))) if kept else self.by.plain_us(self._last(kept))
-
-    def ways(self, kept: Sequence[int]) -> Iterable[Way]:
-        """All ways to compute these depths as levels."""
-        begins = 0, kept[0] + 1
-        return self.by.all(
-            [self._level(begin, depth) for begin, depth in zip(begins, kept, strict=False)], self._last(kept)
-        )
+    def step(self, kept: Sequence[int]) -> Step:
+        """The step with these depths as levels."""
+        begins = 0, *(depth + 1 for depth in kept)
+        return Step([self._level(begin, depth) for begin, depth in zip(begins, kept, strict=False)], self._last(kept))
 
     def _level(self, begin: int, depth: int) -> list[Body]:
         """The calls for a level of all runs of a depth, which read what depths from `begin` on have as well."""

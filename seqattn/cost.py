@@ -17,7 +17,8 @@ The best choice by these costs is found exactly (`seqattn.run_costs`).
 
 Kernels are not that simple: work comes in waves, and calls share the device. A model with a `Device` takes whole depths
 of the forest and, where its runs differ, the best choice for each number of levels by the costs above, and lets the
-device's own figures decide between them. It remembers what it chose: the next steps of a batch come to the same.
+device's own figures decide between them. It remembers what it chose: the next steps of a batch come to the same, and so
+does a batch that has the same runs with nearly as many sequences each, as when one has joined or left.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from seqattn.groups import RunArrays, cut_of
 from seqattn.run_costs import MOST_DEPTHS, RunChoice, RunCosts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     import numpy.typing as npt
 
@@ -51,6 +52,8 @@ _MOST_LEVELS = 3
 _MOST_ALIKE = 2
 #: what a device has chosen is kept for this many steps of decoding, and for this many batches
 _STEPS_ALIKE, _MOST_CHOSEN = 32, 256
+#: leading bits of a number of sequences that are told apart: of a run an eighth, of the batch and of tokens a sixteenth
+_BITS_OF_RUN, _BITS = 4, 5
 
 
 @define(slots=True, frozen=True)
@@ -127,13 +130,14 @@ class CostModel:
 
     def first_us(self, rows: npt.NDArray[np.integer]) -> FloatArray:
         """Microseconds a token for groups of `rows` rows that read it alone; element-wise."""
-        return np.maximum(self._work_us(rows), self.memory_us)
+        return np.maximum(self.work_us(rows), self.memory_us)
 
     def again_us(self, rows: npt.NDArray[np.integer]) -> FloatArray:
         """Microseconds a token for groups of `rows` rows that read it after others; element-wise."""
-        return np.maximum(self._work_us(rows), self.reread_us)
+        return np.maximum(self.work_us(rows), self.reread_us)
 
-    def _work_us(self, rows: npt.NDArray[np.integer]) -> FloatArray:
+    def work_us(self, rows: npt.NDArray[np.integer]) -> FloatArray:
+        """Microseconds of matrix work a token for groups of `rows` rows; element-wise."""
         packed = rows * self.heads_per_kv_head
         tile = np.where(packed <= 16, 16, np.where(packed <= 64, 64, 128))
         computed: FloatArray = np.ceil(packed / tile) * tile / self.heads_per_kv_head
@@ -155,8 +159,8 @@ def runs_that_pay(
         page_size: tokens in a page.
         model: what things cost.
 
-    Cost: some two hundred numpy calls, and O(runs * depth * levels) numbers; with a device less than half of that for
-    runs that are alike (`seqattn.alike`), and a lookup for a batch that it has seen before.
+    Cost: some two hundred numpy calls, and O(runs * depth * levels) numbers; with a device a third of that for runs
+    that are alike (`seqattn.alike`), and a lookup for a batch like one that it has seen before.
     """
     if not runs:
         return []
@@ -165,29 +169,54 @@ def runs_that_pay(
         num_levels = _num_levels(costs, model)
         return RunChoice(costs, num_levels).best(model.level_overhead_us) if num_levels else [False] * len(runs)
     memory = model.device.chosen
-    # What a step more adds to every sequence changes nothing yet. Lengths that are the same in the mean may differ: one
-    # sequence that is much longer than the others counts.
-    lens = int(num_tokens.sum()) // (_STEPS_ALIKE * len(num_tokens)), int(num_tokens.max()) // _STEPS_ALIKE
-    key = tuple(runs), rows_before.tobytes(), lens, page_size, model.heads
+    alike = AlikeRuns.of(runs, len(num_tokens), _MOST_ALIKE)
+    key = _what_matters(runs, alike, rows_before, num_tokens, page_size), page_size, model.heads
     kept = memory.get(key)
     if kept is None:
-        kept = _fastest(runs, rows_before, num_tokens, page_size, model, model.device)
+        kept = _fastest(runs, alike, rows_before, num_tokens, page_size, model, model.device)
         if len(memory) >= _MOST_CHOSEN:
             memory.clear()
         memory[key] = kept
     return list(kept)
 
 
+def _what_matters(
+    runs: Sequence[Run], alike: AlikeRuns | None, rows_before: Int64Array, num_tokens: Int64Array, page_size: int
+) -> tuple[Hashable, ...]:
+    """The same for batches that come to the same choice: what differs between them is worth a few percent at most."""
+    batch, shared = len(num_tokens), 0
+    its: list[Hashable] = []
+    if alike is not None:
+        shared = batch * sum(alike.pages)
+        its += *alike.counts, *(_rough(size, _BITS_OF_RUN) for size in alike.sizes), *alike.pages
+    for first, stop, begin, end, parent in runs if alike is None else ():
+        shared += (stop - first) * (end - begin)
+        its += _rough(stop - first, _BITS_OF_RUN), begin, end, parent
+    has_one_row_each = rows_before.item(-1) == batch
+    rows = _rough(batch, _BITS) if has_one_row_each else rows_before.tobytes()
+    # Of its own a sequence has a few tokens more at every step. Lengths that are the same in the mean may differ: one
+    # sequence that is much longer than the others counts.
+    own = (int(num_tokens.sum()) - page_size * shared) // (_STEPS_ALIKE * batch)
+    return tuple(its), rows, _rough(own, _BITS), _rough(int(num_tokens.max()) // _STEPS_ALIKE, _BITS)
+
+
+def _rough(number: int, num_bits: int) -> int:
+    """The number with all but its leading bits cleared."""
+    shift = max(number.bit_length() - num_bits, 0)
+    return number >> shift << shift
+
+
 def _num_levels(costs: RunCosts, model: CostModel) -> int:
     """How many levels above the last may pay."""
     if not (most_saved := costs.most_saved()) > 0:
         return 0
-    num_levels = 1 + int(costs.depth.max())
+    num_levels = 1 + int(costs.runs.depth.max())
     return min(num_levels, int(most_saved / model.level_overhead_us)) if model.level_overhead_us > 0 else num_levels
 
 
 def _fastest(
     runs: Sequence[Run],
+    alike: AlikeRuns | None,
     rows_before: Int64Array,
     num_tokens: Int64Array,
     page_size: int,
@@ -196,7 +225,6 @@ def _fastest(
 ) -> list[bool]:
     """The runs to keep by the device's own figures."""
     rows = rows_before[1:] - rows_before[:-1]
-    alike = AlikeRuns.of(runs, len(rows), _MOST_ALIKE)
     if alike is not None and (rows == rows[0]).all():
         choices = _depth_sets(len(alike.counts))
         steps = AlikeSteps(device, model.heads, alike, num_tokens, int(rows[0]), page_size=page_size)
@@ -225,8 +253,9 @@ def _masks(costs: RunCosts, num_levels: int) -> npt.NDArray[np.bool_]:
     Depths as a whole, of the first few; and the best by costs for each number of levels.
     """
     sets = _depth_sets(len(costs.runs.members))
-    masks = np.zeros((len(sets), len(costs.runs.members)), dtype=bool)
-    for mask, kept in zip(masks, sets, strict=True):
+    depths = np.zeros((len(sets), len(costs.runs.members)), dtype=bool)
+    for mask, kept in zip(depths, sets, strict=True):
         mask[list(kept)] = True
-    by_run = np.concatenate((masks[:, costs.depth], np.array(RunChoice(costs, num_levels).best_of_each(), dtype=bool)))
-    return by_run[np.sort(np.unique(by_run, axis=0, return_index=True)[1])]
+    masks = np.concatenate((depths[:, costs.runs.depth], RunChoice(costs, num_levels).best_of_each()))
+    first_of = {mask.tobytes(): i for i, mask in reversed(list(enumerate(masks)))}
+    return masks[sorted(first_of.values())]

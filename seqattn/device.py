@@ -9,8 +9,8 @@ from attrs import define, field, validators
 
 from seqattn.errors import BadValueError
 from seqattn.load import SLICES, Cut, Groups, Heads, loads_of, slices_for
-from seqattn.steps import NOTHING, bodies_of, one_by_one, step_us
-from seqattn.ways import best_slices
+from seqattn.steps import bodies_of
+from seqattn.ways import Step, Ways, best_slices
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -178,29 +178,12 @@ class Device:
             num_shared: shared levels of each choice.
             heads: the model's.
         """
-        slices = slices_for(heads, self.slices)
-        load, makes_sense = loads_of(cut, heads, self.num_processors, slices, has_short=self.has_short)
-        bodies = bodies_of(self, load, heads)
-        last = bodies[:, cut.num_shared :, 0]
-        plain = (self.plain_us + last[0] + last[1]).tolist()
-        found: list[tuple[float, list[int]]] = [(us, []) for us in plain]
-        # A place behind all others is for a level that is not there.
-        nothing = cut.num_shared
-        places = np.full((len(num_shared), max(2, *num_shared)), nothing)
-        begin = 0
-        for i, count in enumerate(num_shared):
-            places[i, :count] = range(begin, begin + count)
-            begin += count
-        which = [i for i, count in enumerate(num_shared) if count]
-        if not which:
-            return found
-        calls = bodies[:, : nothing + 1].copy()
-        calls[:, nothing] = np.array(NOTHING)[:, None]
-        calls[5, nothing] = -self.level_us
-        makes_sense[nothing, 1:] = False
-        found_ways = self._best_ways(calls, last[:, which], makes_sense[: nothing + 1], places[which])
-        for i, (us, ways) in zip(which, found_ways, strict=True):
-            found[i] = us, ways[: num_shared[i]]
+        by, slices = Ways(self, heads), [0, *slices_for(heads, self.slices).tolist()]
+        steps, sensible = self._steps(cut, num_shared, heads)
+        found: list[tuple[float, list[int]]] = []
+        for step, its in zip(steps, sensible, strict=True):
+            us, ways = by.least(step)
+            found.append((us, [slices[its[level][way]] for level, way in enumerate(ways)]))
         return found
 
     def choose(self, cut: Cut, num_shared: Sequence[int], heads: Heads) -> int:
@@ -211,13 +194,7 @@ class Device:
             num_shared: shared levels of each choice.
             heads: the model's.
         """
-        return self.choose_by(self.times(cut, num_shared, heads), num_shared)
-
-    def choose_by(self, times: Sequence[float], num_shared: Sequence[int]) -> int:
-        """The same by these times, in microseconds."""
-        harder = [us * self.harder(n) for us, n in zip(times, num_shared, strict=True)]
-        best = min(range(len(times)), key=harder.__getitem__)
-        return best if times[best] < self.enough_us(times[0]) else 0
+        return Ways(self, heads).choose(self._steps(cut, num_shared, heads)[0])
 
     def harder(self, num_shared: int) -> float:
         """What the time of a choice with so many shared levels is multiplied with before it is compared with others."""
@@ -227,31 +204,21 @@ class Device:
         """What a choice must be faster than if plain attention takes so long."""
         return (1 - self.margin) * plain_us - self.margin_us
 
-    def _best_ways(
-        self, calls: FloatArray, last: FloatArray, makes_sense: npt.NDArray[np.bool_], places: Int64Array
-    ) -> list[tuple[float, list[int]]]:
-        """The least times of choices of shared levels at these places, [choices, levels], and their slices."""
-        ways = [0, *self.slices.tolist()]
-        top, second = calls[:, places[:, 0]], calls[:, places[:, 1]]
-        rest = np.zeros((len(places), 0), dtype=np.intp)
-        for below in places.T[2:]:  # by the times of each alone
-            alone = np.where(makes_sense, calls[0] + calls[1], np.inf)[below].argmin(axis=1)
-            second = one_by_one(second, calls[:, below, alone][..., None])
-            second[5] += self.level_us
-            rest = np.column_stack((rest, alone))
-        if (places[:, 1] == len(calls[0]) - 1).all():
-            us = step_us(self, top, None, last[..., None])[..., None]
-            us[~makes_sense[places[:, 0]]] = np.inf
-        else:
-            us = step_us(self, top[..., None], second[:, :, None], last[..., None, None])
-            us[~(makes_sense[places[:, 0]][..., None] & makes_sense[places[:, 1]][:, None])] = np.inf
-        flat = us.reshape(len(us), -1)
-        best = flat.argmin(axis=1)
-        least = flat[np.arange(len(best)), best].tolist()
-        chosen = zip(*(part.tolist() for part in divmod(best, us.shape[2])), rest.tolist(), strict=True)
-        return [
-            (t, [ways[n] for n in (way, other, *more)]) for t, (way, other, more) in zip(least, chosen, strict=True)
-        ]
+    def _steps(self, cut: Cut, num_shared: Sequence[int], heads: Heads) -> tuple[list[Step], list[list[list[int]]]]:
+        """Each choice as a step, and for each of its shared levels which ways make sense: 0 for fa2, then fa3's."""
+        slices = slices_for(heads, self.slices)
+        load, makes_sense = loads_of(cut, heads, self.num_processors, slices, has_short=self.has_short)
+        bodies = np.ascontiguousarray(bodies_of(self, load, heads).transpose(1, 2, 0)).tolist()
+        sensible = [[way for way, makes in enumerate(level) if makes] for level in makes_sense.tolist()]
+        steps: list[Step] = []
+        its: list[list[list[int]]] = []
+        begin = 0
+        for last, count in zip(bodies[cut.num_shared :], num_shared, strict=True):
+            levels = range(begin, begin + count)
+            steps.append(Step([[bodies[level][way] for way in sensible[level]] for level in levels], last[0]))
+            its.append([sensible[level] for level in levels])
+            begin += count
+        return steps, its
 
 
 def _numbers(cost: KernelCost) -> tuple[float, ...]:

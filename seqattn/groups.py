@@ -12,7 +12,7 @@ runs of a depth.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     Int64Array = npt.NDArray[np.int64]
     BoolArray = npt.NDArray[np.bool_]
 
-__all__ = ["RunArrays", "cut_of", "groups_of"]
+__all__ = ["RunArrays", "child_sums", "cut_of", "groups_of"]
+
+Number = TypeVar("Number", np.int64, np.float64)
 
 
 class RunArrays:
@@ -40,19 +42,20 @@ class RunArrays:
     """
 
     def __init__(self, runs: Sequence[Run], rows_before: Int64Array) -> None:
-        listed = [(run.first, run.stop, run.begin, run.end, -1 if run.parent is None else run.parent) for run in runs]
-        #: first, stop, begin, end and parent (-1 for none) of each, int64 [runs, 5]
-        self.listed: Int64Array = np.array(listed, dtype=np.int64).reshape(-1, 5)
-        self.first, self.stop, begin, self.end, self.parent = self.listed.T
-        self.num_pages = self.end - begin
-        self.size = self.stop - self.first
-        self.batch = len(rows_before) - 1
-        self.rows = rows_before[self.stop] - rows_before[self.first]
+        *columns, above = zip(*runs, strict=True) if runs else ((),) * 5
+        parents = [-1 if parent is None else parent for parent in above]
         depths: list[int] = []
-        for *_, parent in listed:
+        for parent in parents:
             depths.append(depths[parent] + 1 if parent >= 0 else 0)
-        self.depth = np.array(depths, dtype=np.int64)
-        #: runs of each depth
+        # One conversion: each of so few numbers costs more than they do.
+        numbers: Int64Array = np.array((*columns, parents, depths), dtype=np.int64)
+        #: of each run; `parent` is -1 for none
+        self.first, self.stop, begin, self.end, self.parent, self.depth = numbers
+        self.num_pages, self.size = self.end - begin, self.stop - self.first
+        self.batch = len(rows_before) - 1
+        self.has_one_row_each = bool(rows_before[-1] == self.batch)
+        self.rows = self.size if self.has_one_row_each else rows_before[self.stop] - rows_before[self.first]
+        #: runs of each depth; those of one parent stand side by side, in the order of their parents
         self.members = [(self.depth == depth).nonzero()[0] for depth in range(1 + max(depths, default=-1))]
 
 
@@ -74,28 +77,29 @@ def cut_of(
     level, above = _levels(runs, kept)
     inside = _inside(runs, kept)
     num_shared = np.where(kept, level + 1, 0).max(axis=1, initial=0)
-    begins = np.cumsum(num_shared) - num_shared
+    begins = num_shared.cumsum() - num_shared
+    num_levels = int(num_shared.sum())
     choice, run = kept.nonzero()
     at = begins[choice] + level[choice, run]
-    by_level = np.argsort(at, kind="stable")
-    at, choice, run = at[by_level], choice[by_level], run[by_level]
+    by_level = at.argsort(kind="stable")
+    choice, run = choice[by_level], run[by_level]
     pages = runs.end[run] - above[choice, run]
     own = num_tokens - page_size * _shared_pages(runs, (choice, run, pages), (num_choices, batch))
-    num_levels = int(num_shared.sum())
     # The pages of a dropped run are listed by the kept runs below it, and by each sequence that is in none of those.
+    # Levels of a choice that has as many levels above are not there: what would be theirs goes to one behind all.
+    once = np.where(inside > 0, runs.num_pages, 0)
     places = np.where(level < num_shared[:, None], begins[:, None] + level, num_levels)
-    once = np.where(kept | (inside > 0), runs.num_pages, 0)
     shared = np.bincount(places.ravel(), weights=once.ravel(), minlength=num_levels + 1)[:-1]
-    again = np.where(kept, 0, np.maximum(runs.size - inside - 1, 0) * runs.num_pages)
-    last = own.sum(axis=1) - page_size * again.sum(axis=1)
+    is_own = (inside < runs.size) & ~kept
+    alone = int(num_tokens.sum()) - page_size * int(runs.size @ runs.num_pages)
     counts = np.concatenate((np.bincount(at, minlength=num_levels), np.full(num_choices, batch)))
-    all_rows = np.concatenate((runs.rows[run], np.tile(rows, num_choices)))
+    all_rows = np.concatenate((runs.rows[run], *[rows] * num_choices))
     cut = Cut(
         all_rows,
         np.concatenate((page_size * pages, own.ravel())),
         np.ones_like(all_rows),
-        np.cumsum(counts) - counts,
-        np.concatenate((page_size * shared, last)).astype(np.int64),
+        counts.cumsum() - counts,
+        np.concatenate((page_size * shared, alone + page_size * (is_own @ runs.num_pages))).astype(np.int64),
         num_levels,
     )
     return cut, num_shared.tolist()
@@ -114,6 +118,20 @@ def groups_of(
     ]
 
 
+def child_sums(
+    values: npt.NDArray[Number], parents: Int64Array, *, axis: int = 0
+) -> tuple[Int64Array, npt.NDArray[Number]]:
+    """The parents of some runs, each once, and the sums of `values` over the runs of each.
+
+    Args:
+        values: with an entry for each run along the axis.
+        parents: of each run, those of one parent side by side.
+        axis: which axis of `values`.
+    """
+    begins = np.concatenate(([True], parents[1:] != parents[:-1])).nonzero()[0]
+    return parents[begins], np.add.reduceat(values, begins, axis=axis)
+
+
 def _levels(runs: RunArrays, kept: BoolArray) -> tuple[Int64Array, Int64Array]:
     """For each choice and run how many kept runs are above it, and where the pages of the nearest of them end."""
     level, above = (np.zeros(kept.shape, dtype=np.int64) for _ in range(2))
@@ -130,10 +148,7 @@ def _inside(runs: RunArrays, kept: BoolArray) -> Int64Array:
     inside = np.where(kept, runs.size, 0)
     for members in reversed(runs.members[1:]):
         parents = runs.parent[members]
-        # Members stand in the order of their parents.
-        begins = np.flatnonzero(np.diff(parents, prepend=-1))
-        sums = np.add.reduceat(inside[:, members], begins, axis=1)
-        above = parents[begins]
+        above, sums = child_sums(inside[:, members], parents, axis=1)
         inside[:, above] = np.where(kept[:, above], runs.size[above], sums)
     return inside
 

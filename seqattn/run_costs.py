@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from seqattn.groups import child_sums
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from seqattn.cost import CostModel
     from seqattn.groups import RunArrays
 
+    BoolArray = npt.NDArray[np.bool_]
     FloatArray = npt.NDArray[np.float64]
     Int64Array = npt.NDArray[np.int64]
 
@@ -29,31 +32,35 @@ class RunCosts:
     """Arrays with an entry for each run; costs in microseconds a page."""
 
     def __init__(self, runs: RunArrays, rows_before: Int64Array, page_size: int, model: CostModel) -> None:
-        self.runs = runs
-        self.end, self.num_pages, self.parent, self.depth = runs.end, runs.num_pages, runs.parent, runs.depth
-        first, stop, rows = runs.first, runs.stop, runs.rows
-        self.row_counts, self.page_size, self.model = rows, page_size, model
-        singles = np.concatenate(([0.0], np.cumsum(page_size * model.again_us(np.diff(rows_before)))))
-        #: read by each sequence of the run by itself
-        self.alone: FloatArray = singles[stop] - singles[first]
+        self.runs, self.page_size, self.model = runs, page_size, model
         self.reread = page_size * model.reread_us
+        #: read by each sequence of the run by itself
+        self.alone: FloatArray
+        if runs.has_one_row_each:
+            self.alone = runs.size * (page_size * model.again_us(np.ones(1, dtype=np.int64)))
+        else:
+            before = np.zeros(len(rows_before))
+            np.cumsum(page_size * model.again_us(np.diff(rows_before)), out=before[1:])
+            self.alone = before[runs.stop] - before[runs.first]
 
     def complete(self) -> None:
         """What only choices of single runs need."""
-        page_size, model = self.page_size, self.model
+        page_size, model, runs = self.page_size, self.model, self.runs
+        work = model.work_us(runs.rows)
         #: read by all rows of the run at once
-        self.first = page_size * model.first_us(self.row_counts)
-        self.again = page_size * model.again_us(self.row_counts)
+        self.first = page_size * np.maximum(work, model.memory_us)
+        self.again = page_size * np.maximum(work, model.reread_us)
         #: read by each sequence that is in no run below it
         self.leaving = self.alone.copy()
-        inner = self.parent >= 0
-        np.subtract.at(self.leaving, self.parent[inner], self.alone[inner])
+        for members in runs.members[1:]:
+            above, below = child_sums(self.alone[members], runs.parent[members])
+            self.leaving[above] -= below
         #: what the first read costs more than the reads after it
         self.extra = page_size * model.memory_us - self.reread
 
     def most_saved(self) -> float:
         """A bound on what levels can save: every run read once, at the rate of memory."""
-        return float(self.num_pages @ (self.alone - self.reread))
+        return float(self.runs.num_pages @ (self.alone - self.reread))
 
 
 class RunChoice:
@@ -68,34 +75,39 @@ class RunChoice:
         costs.complete()
         self.costs = costs
         self.num_levels = num_levels
-        self.members = [np.flatnonzero(costs.depth == depth) for depth in range(int(costs.depth.max()) + 1)]
+        self.runs = costs.runs
+        self.members = costs.runs.members
         #: index of each run among those of its depth
-        self.rank = np.empty(len(costs.depth), dtype=np.int64)
+        self.rank = np.empty(len(costs.runs.depth), dtype=np.int64)
         for members in self.members:
             self.rank[members] = np.arange(len(members))
         #: for each depth where keeping is cheaper, [runs, candidates above them, levels left]
-        self.keeps: list[npt.NDArray[np.bool_]] = []
+        self.keeps: list[BoolArray] = []
 
     def best(self, level_overhead_us: float) -> list[bool]:
         """The choice for the best number of levels."""
         by_levels = self._fill() + level_overhead_us * np.arange(self.num_levels + 1)
-        return self._kept(int(by_levels.argmin()))
+        kept: list[bool] = self._kept(np.array([by_levels.argmin()]))[0].tolist()
+        return kept
 
-    def best_of_each(self) -> list[list[bool]]:
-        """The choice for each number of levels above 0."""
+    def best_of_each(self) -> BoolArray:
+        """The choice for each number of levels above 0, [levels, runs]."""
         self._fill()
-        return [self._kept(num_levels) for num_levels in range(1, self.num_levels + 1)]
+        return self._kept(np.arange(1, self.num_levels + 1))
 
-    def _kept(self, levels_left: int) -> list[bool]:
-        kept: list[bool] = []
-        # For each run: the candidate kept last, itself included, and the levels left below it.
-        states: list[tuple[int, int]] = []
-        parents, depths, ranks = self.costs.parent.tolist(), self.costs.depth.tolist(), self.rank.tolist()
-        for parent, depth, rank in zip(parents, depths, ranks, strict=True):
-            last_kept, left = states[parent] if depth else (0, levels_left)
-            keep = bool(self.keeps[depth][rank, last_kept, left])
-            kept.append(keep)
-            states.append((depth + 1, left - 1) if keep else (last_kept, left))
+    def _kept(self, levels_left: Int64Array) -> BoolArray:
+        """The choice for each of these numbers of levels, [numbers, runs]."""
+        kept = np.empty((len(levels_left), len(self.rank)), dtype=bool)
+        # For each choice and run of a depth: the candidate kept last, itself included, and the levels left below it.
+        last = np.zeros((len(levels_left), len(self.members[0])), dtype=np.int64)
+        left = np.repeat(levels_left[:, None], len(self.members[0]), axis=1)
+        for depth, (members, keeps) in enumerate(zip(self.members, self.keeps, strict=True)):
+            ranks = np.arange(len(members))
+            if depth:
+                above = self.rank[self.runs.parent[members]]
+                last, left = last[:, above], left[:, above]
+            keep = kept[:, members] = keeps[ranks, last, left]
+            last, left = np.where(keep, depth + 1, last), left - keep
         return kept
 
     def _fill(self) -> FloatArray:
@@ -106,7 +118,8 @@ class RunChoice:
             cost = self._step(depth, ends[depth], below)
             if depth:
                 below = np.zeros((len(self.members[depth - 1]), depth + 1, self.num_levels + 1))
-                np.add.at(below, self.rank[self.costs.parent[self.members[depth]]], cost)
+                above, sums = child_sums(cost, self.runs.parent[self.members[depth]])
+                below[self.rank[above]] = sums
         self.keeps.reverse()
         whole: FloatArray = cost[:, 0].sum(axis=0)
         return whole
@@ -114,20 +127,24 @@ class RunChoice:
     def _step(self, depth: int, ends: FloatArray, below: FloatArray) -> FloatArray:
         """The cost of the runs of one depth and all below them, for each candidate above them and number of levels."""
         costs, members = self.costs, self.members[depth]
-        leaving, again, first = (values[members, None] for values in (costs.leaving, costs.again, costs.first))
-        own = costs.num_pages[members, None]
+        leaving, again, first = costs.leaving[members, None], costs.again[members, None], costs.first[members, None]
+        own = self.runs.num_pages[members, None]
         uncovered = ends[:, -1:] - ends[:, :-1]
         skip = below[:, :-1] + (uncovered * leaving + own * costs.extra)[..., None]
         keep = np.full_like(skip, np.inf)
         # Pages of runs that were dropped above come along, read by others too.
         keep[..., 1:] = ((uncovered - own) * again + own * first)[..., None] + below[:, -1:, :-1]
         self.keeps.append(keep < skip)
-        return np.minimum(keep, skip)
+        cost: FloatArray = np.minimum(keep, skip)
+        return cost
 
     def _candidate_ends(self) -> list[FloatArray]:
         """For each depth the ends of what may be kept last: nothing (0), each run above, the run; [runs, depth + 2]."""
         ends: list[FloatArray] = []
         for depth, members in enumerate(self.members):
-            above = ends[-1][self.rank[self.costs.parent[members]]] if depth else np.zeros((len(members), 1))
-            ends.append(np.hstack((above, self.costs.end[members, None])))
+            its = np.zeros((len(members), depth + 2))
+            if depth:
+                its[:, :-1] = ends[-1][self.rank[self.runs.parent[members]]]
+            its[:, -1] = self.runs.end[members]
+            ends.append(its)
         return ends

@@ -26,7 +26,7 @@ import numpy as np
 from seqattn.load import FA3, FA3_IN_LINE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     FloatArray = npt.NDArray[np.float64]
 
-__all__ = ["ARRAYS", "NOTHING", "NUMBERS", "bodies_of", "body_of", "one_by_one", "step_us"]
+__all__ = ["ARRAYS", "NUMBERS", "bodies_of", "body_of", "one_by_one", "step_us"]
 
 #: one number, or an array of them
 Value = Any
@@ -55,8 +55,6 @@ class Functions(NamedTuple):
 
 ARRAYS = Functions(np.ceil, np.floor, np.maximum, np.minimum, np.where)
 NUMBERS = Functions(math.ceil, math.floor, max, min, lambda condition, yes, no: yes if condition else no)
-#: a call that does nothing, in next to no time, as in `bodies_of`
-NOTHING = (1e-9, 0.0, 0.0, 1e-9, 0.0, 0.0, 0.0, 0.0, 1e-9, 0.0, 1.0)
 
 
 def bodies_of(device: Device, load: Load, heads: Heads) -> FloatArray:
@@ -98,12 +96,12 @@ def body_of(
     return body, post, filled, wave, held, merge, is_fa3, blocks, computing, reading, mix
 
 
-def one_by_one(call: FloatArray, then: FloatArray) -> FloatArray:
-    """Two calls one after the other, as one."""
-    both = call + then
-    both[2] = (call[0] * call[2] + then[0] * then[2]) / both[0]
-    both[3], both[4], both[6] = call[3], np.maximum(call[4], then[4]), np.maximum(call[6], then[6])
-    return both
+def one_by_one(call: Sequence[float], then: Sequence[float], level_us: float) -> tuple[float, ...]:
+    """Two calls one after the other, as one; each as `body_of` has it."""
+    body, post, _, _, _, merge, _, blocks, computing, reading, _ = (a + b for a, b in zip(call, then, strict=True))
+    filled = (call[0] * call[2] + then[0] * then[2]) / body
+    held, is_fa3 = max(call[4], then[4]), max(call[6], then[6])
+    return body, post, filled, call[3], held, merge + level_us, is_fa3, blocks, computing, reading, call[10]
 
 
 def step_us(

@@ -1,4 +1,4 @@
-"""The ways to compute a step of one or two shared levels, and how long each takes: with Python's numbers.
+"""The ways to compute a step of shared levels, and how long each takes: with Python's numbers.
 
 `seqattn.steps` has the formulas, which count many steps at once with numpy. The few ways of one step are counted one by
 one, many times faster; and only those that could be the fastest are computed to the end.
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from seqattn.load import FA3, FA3_IN_LINE, is_long, slices_for
 from seqattn.one_load import Lists, fa3_load, makes_sense, one_fa2_load
-from seqattn.steps import NUMBERS, body_of, step_us
+from seqattn.steps import NUMBERS, body_of, one_by_one, step_us
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,19 @@ if TYPE_CHECKING:
 
     Body = tuple[float, ...]
 
-__all__ = ["Way", "Ways", "best_slices"]
+__all__ = ["Step", "Way", "Ways", "best_slices"]
+
+
+class Step(NamedTuple):
+    """The calls that a step may consist of, each as `body_of` has it.
+
+    Attributes:
+        shared: for each shared level, coarsest first, the ways to compute it.
+        last: the call of the last level.
+    """
+
+    shared: Sequence[list[Body]]
+    last: Body
 
 
 class Way(NamedTuple):
@@ -78,10 +90,56 @@ class Ways:
         """Microseconds of a step."""
         return float(step_us(self.device, way.top, way.lower, way.last, NUMBERS))
 
-    def all(self, shared: Sequence[list[Body]], last: Body) -> Iterable[Way]:
-        """All ways to compute one or two shared levels, of which these are the calls."""
-        top, *lower = shared
-        return self._pairs(top, lower[0], last) if lower else self._single(top, last)
+    def all(self, step: Step) -> Iterable[Way]:
+        """All ways to compute the shared levels of a step, those of the first level for each of the second.
+
+        Levels behind the second are computed in the way that is fastest alone, behind the second.
+        """
+        top, *lower = step.shared
+        if not lower:
+            return self._single(top, step.last)
+        second, *behind = lower
+        for bodies in behind:
+            then = bodies[_fastest_alone(bodies)]
+            second = [one_by_one(body, then, self.device.level_us) for body in second]
+        return self._pairs(top, second, step.last)
+
+    def least(self, step: Step) -> tuple[float, list[int]]:
+        """The least time of a step, in microseconds, and which way to compute each of its shared levels that is.
+
+        Cost: less than a microsecond for each two ways, and three for each two that could be the fastest: mostly these
+        are the first.
+        """
+        if not step.shared:
+            return self.plain_us(step.last), []
+        best, best_us = 0, float("inf")
+        for i, way in sorted(enumerate(self.all(step)), key=lambda found: found[1].at_least):
+            if way.at_least >= best_us:
+                break
+            if (us := self.step_us(way)) < best_us:
+                best, best_us = i, us
+        lower, top = divmod(best, len(step.shared[0]))
+        return best_us, [top, lower, *map(_fastest_alone, step.shared[2:])][: len(step.shared)]
+
+    def choose(self, steps: Sequence[Step]) -> int:
+        """Which of these steps to take; the first has no shared level, and others must beat it by the margin.
+
+        Cost: as that of `least`, the last part for all steps together.
+        """
+        device = self.device
+        enough = device.enough_us(self.plain_us(steps[0].last))
+        factors = [device.harder(len(step.shared)) for step in steps]
+        ways = [
+            (way.at_least * factors[i], i, way) for i, step in enumerate(steps) if step.shared for way in self.all(step)
+        ]
+        best, best_us, least = 0, enough, enough * max(factors)
+        for at_least, i, way in sorted(ways):
+            if at_least >= least:
+                break
+            us = self.step_us(way)
+            if us * factors[i] < least:
+                best, best_us, least = i, us, us * factors[i]
+        return best if best_us < enough else 0
 
     def _single(self, top: list[Body], last: Body) -> Iterator[Way]:
         device = self.device
@@ -138,13 +196,9 @@ def best_slices(device: Device, heads: Heads, shared: Sequence[Groups], last: Gr
         calls.append(bodies)
     count, longest, total = len(last.rows), int(last.tokens.max()), int(last.tokens.sum())
     lists = Lists(count, longest, total, None if count * longest == total else last.tokens)
-    own = ways.fa2(last.rows.item(0), lists, last.num_different)
-    # The lower level's calls are gone through one by one, those of the first for each.
-    best, best_us = 0, float("inf")
-    for i, way in sorted(enumerate(ways.all(calls, own)), key=lambda found: found[1].at_least):
-        if way.at_least >= best_us:
-            break
-        if (us := ways.step_us(way)) < best_us:
-            best, best_us = i, us
-    lower, top = divmod(best, len(calls[0]))
-    return best_us, [its[n] for its, n in zip(slices, (top, lower), strict=False)]
+    us, found = ways.least(Step(calls, ways.fa2(last.rows.item(0), lists, last.num_different)))
+    return us, [its[n] for its, n in zip(slices, found, strict=True)]
+
+
+def _fastest_alone(bodies: Sequence[Body]) -> int:
+    return min(range(len(bodies)), key=lambda i: bodies[i][0] + bodies[i][1])

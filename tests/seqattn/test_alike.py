@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from attrs import evolve
@@ -33,6 +35,17 @@ def forest(num_systems: int, num_documents: int, each: int, pages: tuple[int, in
     return runs, num_systems * size
 
 
+def least_times(steps: AlikeSteps, choices: Sequence[tuple[int, ...]]) -> list[float]:
+    return [steps.by.least(steps.step(choice))[0] for choice in choices]
+
+
+def by_margins(device: Device, times: Sequence[float], num_shared: Sequence[int]) -> int:
+    """The choice of these times to take, by what the margins are defined as."""
+    harder = [us * device.harder(n) for us, n in zip(times, num_shared, strict=True)]
+    best = min(range(len(times)), key=harder.__getitem__)
+    return best if times[best] < device.enough_us(times[0]) else 0
+
+
 heads = st.sampled_from([Heads(), Heads(32, 32), Heads(8, 1), Heads(4, 2, 64)])
 few, pages = st.integers(1, 5), st.tuples(st.integers(1, 900), st.integers(1, 300))
 
@@ -61,8 +74,9 @@ def test_one_by_one_steps_take_as_long_as_all_together(
     kept = np.array([[depth in choice for depth in arrays.depth.tolist()] for choice in choices])
     cut, num_shared = cut_of(arrays, kept, num_tokens, np.full(batch, rows_each), page_size=PAGE_SIZE)
     steps = AlikeSteps(device, heads, alike, num_tokens, rows_each, page_size=PAGE_SIZE)
-    assert [steps.least_us(choice) for choice in choices] == pytest.approx(device.times(cut, num_shared, heads))
-    assert steps.best(choices) == device.choose(cut, num_shared, heads)
+    times = least_times(steps, choices)
+    assert times == pytest.approx(device.times(cut, num_shared, heads))
+    assert steps.best(choices) == device.choose(cut, num_shared, heads) == by_margins(device, times, num_shared)
 
 
 devices = st.builds(
@@ -88,10 +102,10 @@ def test_no_way_is_left_out_that_could_be_the_fastest(
     num_tokens = np.random.default_rng(own).integers(1, 1 + own, batch) + PAGE_SIZE * sum(alike.pages)
     steps = AlikeSteps(device, heads, alike, num_tokens, 1, page_size=PAGE_SIZE)
     choices = CHOICES if num_documents > 1 else CHOICES[:2]
-    for at_least, top, lower, last in (way for choice in choices[1:] for way in steps.ways(choice)):
+    for at_least, top, lower, last in (way for choice in choices[1:] for way in steps.by.all(steps.step(choice))):
         assert at_least <= step_us(device, top, lower, last, NUMBERS) * (1 + 1e-9)
-    times = [steps.least_us(choice) for choice in choices]
-    assert steps.best(choices) == device.choose_by(times, [len(choice) for choice in choices])
+    num_shared = [len(choice) for choice in choices]
+    assert steps.best(choices) == by_margins(device, least_times(steps, choices), num_shared)
 
 
 @given(few, few, st.integers(2, 4), st.randoms())
@@ -128,8 +142,10 @@ def test_lists_are_cut_into_no_more_slices_than_were_seen_to_be_good() -> None:
 
 def test_a_choice_must_be_faster_by_its_margins() -> None:
     device = evolve(Device(), margin=0.1, margin_us=1.0, level_margin=0.05)
-    assert device.choose_by([100.0, 90.0], [0, 1]) == 0, "a tenth of plain attention's time and a microsecond"
-    assert device.choose_by([100.0, 88.9], [0, 1]) == 1
-    assert device.choose_by([100.0, 60.0, 58.0], [0, 1, 2]) == 1, "a second level must save a twentieth"
-    assert device.choose_by([100.0, 60.0, 57.0], [0, 1, 2]) == 2
-    assert device.choose_by([100.0], [0]) == 0
+    assert device.enough_us(100.0) == pytest.approx(89.0), "a tenth of plain attention's time and a microsecond"
+    assert [device.harder(n) for n in (0, 1, 2, 3)] == pytest.approx([1, 1, 1.05, 1.05**2]), "a twentieth a level"
+    assert by_margins(device, [100.0, 90.0], [0, 1]) == 0
+    assert by_margins(device, [100.0, 88.9], [0, 1]) == 1
+    assert by_margins(device, [100.0, 60.0, 58.0], [0, 1, 2]) == 1
+    assert by_margins(device, [100.0, 60.0, 57.0], [0, 1, 2]) == 2
+    assert by_margins(device, [100.0], [0]) == 0

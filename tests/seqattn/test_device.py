@@ -205,3 +205,8 @@ def test_a_choice_holds_for_a_few_steps_of_decoding() -> None:
     assert len(device.chosen) == 2
     plan_of(model, 255, 8192, 600)
     assert len(device.chosen) == 3
+    for batch in (260, 271):
+        plan_of(model, batch, 8192, 1)
+    assert len(device.chosen) == 3, "nor is one that some sequences have joined"
+    plan_of(model, 288, 8192, 1)
+    assert len(device.chosen) == 4

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from seqattn.device import Device, Groups, Heads
 from seqattn.fit import Measured, predict
 from seqattn.load import Cut
-from seqattn.ways import best_slices
+from seqattn.one_load import Lists
+from seqattn.steps import one_by_one
+from seqattn.ways import Ways, best_slices
 
 heads = st.sampled_from([Heads(), Heads(32, 32), Heads(8, 1), Heads(4, 2, 64)])
 
@@ -50,6 +52,16 @@ def test_they_are_the_ways_that_numpy_finds(
     assert us == pytest.approx(least)
     assert predict([Measured(0, [*shared, last], slices, 1.0)], heads, device)[0] == pytest.approx(us)
     assert device.best(shared, heads, last) == found
+
+
+@given(st.integers(1, 256), st.integers(16, 20_000), st.floats(0.5, 4))
+def test_a_call_behind_which_nothing_comes_is_that_call(rows: int, tokens: int, mix: float) -> None:
+    _, bodies = Ways(Device(), Heads()).shared(rows, Lists(3, tokens, 3 * tokens), 3 * tokens)
+    nothing = (0.0,) * 10 + (mix,)
+    for body in bodies:
+        assert one_by_one(body, nothing, 0.0) == pytest.approx(body)
+        assert one_by_one(body, nothing, 2.5)[5] == pytest.approx(body[5] + 2.5), "but for what a level costs"
+        assert one_by_one(body, body, 0.0)[0] == pytest.approx(2 * body[0])
 
 
 def test_what_is_not_alike_is_left_to_numpy() -> None:
