@@ -1,7 +1,7 @@
 """Decode attention on a GPU: plain, flashinfer's own cascade, and levels composed and chosen by this library.
 
-    python -m benchmarks.gpu_attention --out DIR [--only known|random|ragged] [--every-choice] [--heads 32 8 128]
-        [--random 20] [--seed 0] [--scattered] [--ragged] [--dtype bfloat16]
+    python -m benchmarks.gpu_attention --out DIR [--only known|random|ragged|uneven] [--every-choice] [--heads 32 8 128]
+        [--random 20] [--seed 0] [--scattered] [--ragged] [--uneven] [--dtype bfloat16]
 
 Writes a row for each measurement to DIR/rows.jsonl and prints a table. A step is planned once and run in four layers,
 each with memory of its own, so that the L2 cache keeps nothing from one replay to the next; times are a layer's.
@@ -12,7 +12,9 @@ that the constants of the planner were not fitted to.
 
 Prompts and documents lie side by side in memory, as a fresh allocator hands out pages, the rest in random places;
 "scattered" is ours with every page in a random place, and with --scattered all is measured so. Sequences of "ragged"
-shapes, and of all with --ragged, have between a quarter of the own tokens that the shape says and twice as many.
+shapes, and of all with --ragged, have between a quarter of the own tokens that the shape says and twice as many. So
+have those of "uneven" shapes, and of all with --uneven; and so have documents of their tokens, and the n-th of a system
+prompt is asked by sequences in proportion to 1 / n.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu_shapes import KNOWN, PAGE_SIZE, RAGGED, Shape, random_shapes, scattered, tables_of
+from benchmarks.gpu_shapes import KNOWN, PAGE_SIZE, RAGGED, UNEVEN, Shape, random_shapes, scattered, tables_of
 from benchmarks.gpu_timing import copy_rate, device_us, host_us, matrix_rate
 from seqattn import PagedAttention, PagedKVCacheManager
 from seqattn.attention.calls import Choice
@@ -51,7 +53,12 @@ class Step:
         self.shape = shape
         heads: list[int] = options.heads
         self.num_qo_heads, num_kv_heads, head_dim = heads
-        self.tables = tables_of(shape, options.seed, in_line=not options.scattered, ragged=options.ragged)
+        self.tables = tables_of(
+            shape,
+            options.seed,
+            in_line=not options.scattered,
+            **{how: getattr(options, how) for how in ("ragged", "uneven")},
+        )
         self.scattered = scattered(self.tables, options.seed)
         self.lens = np.array([len(table) * PAGE_SIZE for table in self.tables], dtype=np.int64)
         self.ones = np.ones_like(self.lens)
@@ -219,9 +226,10 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=["known", "random", "ragged"])
+    parser.add_argument("--only", choices=["known", "random", "ragged", "uneven"])
     parser.add_argument("--scattered", action="store_true")
     parser.add_argument("--ragged", action="store_true")
+    parser.add_argument("--uneven", action="store_true")
     parser.add_argument("--random", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every-choice", action="store_true")
@@ -229,6 +237,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128])
     options = parser.parse_args()
     options.ragged = options.ragged or options.only == "ragged"
+    options.uneven = options.uneven or options.only == "uneven"
     torch.manual_seed(0)
     rates = {"copy": copy_rate(), "matrix": matrix_rate()}
     about = {
@@ -242,11 +251,12 @@ def main() -> None:
         "seed": options.seed,
         "in_line": not options.scattered,
         "ragged": options.ragged,
+        "uneven": options.uneven,
         "short_lists": "by the longest",
     }
     print(json.dumps(about))
     drawn = random_shapes(options.random, options.seed)
-    shapes = {"known": KNOWN, "random": drawn, "ragged": RAGGED}.get(options.only, KNOWN + drawn)
+    shapes = {"known": KNOWN, "random": drawn, "ragged": RAGGED, "uneven": UNEVEN}.get(options.only, KNOWN + drawn)
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "rows.jsonl").open("w", encoding="utf-8") as file:
         print(json.dumps(about), file=file)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from seqattn.calibrate import PAGE_SIZE, Shape
 
-__all__ = ["KNOWN", "PAGE_SIZE", "RAGGED", "Shape", "random_shapes", "scattered", "tables_of"]
+__all__ = ["KNOWN", "PAGE_SIZE", "RAGGED", "UNEVEN", "Shape", "random_shapes", "scattered", "tables_of"]
 
 #: tokens of KV in one layer that a random shape has at most: 1 GiB with 8 KV heads of 128 elements in 16 bits
 _MOST_TOKENS = 1 << 18
@@ -50,6 +50,19 @@ RAGGED = [
 ]
 
 
+#: shapes whose documents are of different lengths, and asked by few sequences or by many
+UNEVEN = [
+    Shape(256, 1, 2048, 16, 4096, 256),
+    Shape(128, 1, 8192, 32, 1024, 512),
+    Shape(256, 2, 4096, 8, 2048, 128),
+    Shape(64, 1, 512, 8, 8192, 512),
+    Shape(128, 4, 1024, 4, 2048, 256),
+    Shape(256, 1, 16384, 64, 512, 256),
+    Shape(32, 1, 4096, 4, 4096, 1024),
+    Shape(512, 1, 1024, 32, 2048, 128),
+]
+
+
 def random_shapes(count: int, seed: int) -> list[Shape]:
     """Shapes with sizes spread evenly over their orders of magnitude, a half of them forests."""
     rng = np.random.default_rng(seed)
@@ -72,7 +85,9 @@ def random_shapes(count: int, seed: int) -> list[Shape]:
     return shapes
 
 
-def tables_of(shape: Shape, seed: int, *, in_line: bool = False, ragged: bool = False) -> list[npt.NDArray[np.int32]]:
+def tables_of(
+    shape: Shape, seed: int, *, in_line: bool = False, ragged: bool = False, uneven: bool = False
+) -> list[npt.NDArray[np.int32]]:
     """Page tables of a shape, neighbours sharing the most; pages in random places.
 
     Args:
@@ -80,7 +95,11 @@ def tables_of(shape: Shape, seed: int, *, in_line: bool = False, ragged: bool = 
         seed: of the random numbers.
         in_line: prompts and documents lie side by side in memory, as a fresh allocator hands pages out.
         ragged: sequences have between a quarter of the own tokens and twice as many.
+        uneven: so are they, and documents have between a quarter of their tokens and twice as many; the n-th is asked
+            by sequences in proportion to 1 / n.
     """
+    if uneven:
+        return _uneven_tables(shape, seed, in_line=in_line)
     pages_each = [shape.system_len // PAGE_SIZE, shape.document_len // PAGE_SIZE, shape.own_len // PAGE_SIZE]
     num_prompts = shape.systems * shape.documents
     total = shape.systems * pages_each[0] + num_prompts * pages_each[1] + shape.batch * pages_each[2]
@@ -107,6 +126,29 @@ def tables_of(shape: Shape, seed: int, *, in_line: bool = False, ragged: bool = 
     fewest = -(-pages_each[2] // 8)
     left_out = rng.integers(0, pages_each[2] - fewest + 1, shape.batch)
     return [table[: len(table) - n] for table, n in zip(whole, left_out.tolist(), strict=True)]
+
+
+def _uneven_tables(shape: Shape, seed: int, *, in_line: bool) -> list[npt.NDArray[np.int32]]:
+    rng = np.random.default_rng(seed)
+
+    def pages_of(num_tokens: int, count: int) -> list[int]:
+        return rng.integers(-(-num_tokens // (4 * PAGE_SIZE)), 2 * num_tokens // PAGE_SIZE + 1, count).tolist()
+
+    system_pages = [shape.system_len // PAGE_SIZE] * shape.systems
+    document_pages = pages_of(shape.document_len, shape.systems * shape.documents)
+    own_pages = pages_of(shape.own_len, shape.batch)
+    shares = np.tile(1 / np.arange(1, shape.documents + 1), shape.systems)
+    documents = np.sort(rng.choice(len(shares), shape.batch, p=shares / shares.sum())).tolist()
+    sizes = [*system_pages, *document_pages, *own_pages]
+    first_own = sum(sizes) - sum(own_pages)
+    pages = np.arange(sum(sizes), dtype=np.int32)
+    rng.shuffle(pages[first_own if in_line else 0 :])
+    parts = np.split(pages, np.cumsum(sizes)[:-1])
+    own = parts[-shape.batch :]
+    return [
+        np.concatenate((parts[document // shape.documents], parts[shape.systems + document], own[i]))
+        for i, document in enumerate(documents)
+    ]
 
 
 def scattered(tables: list[npt.NDArray[np.int32]], seed: int) -> list[npt.NDArray[np.int32]]:
