@@ -77,7 +77,7 @@ def _share(state: State, other: Running, own: PageArray, done: Inserted) -> None
     if adopted:
         state.manager.hold(pages[:adopted])
         state.manager.drop(own[:adopted])
-        table[:adopted] = pages[:adopted]
+        other.write(at, pages[:adopted])
         state.descriptor.note_rewrite()
     node = state.tree.cut(done.node, at + len(pages), at + count)
     state.tree.hold(node, other.node)
@@ -124,7 +124,7 @@ def publish(state: State, run: Running, num_tokens: int) -> None:
     if known:
         state.manager.hold(pages[:known])
         state.manager.drop(own[:known])
-        own[:known] = pages[:known]
+        run.write(at, pages[:known])
         state.descriptor.note_rewrite()
     state.tree.hold(done.node, run.node)
     run.node, run.num_tree_pages = done.node, at + len(pages)

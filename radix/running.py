@@ -100,6 +100,7 @@ class Running(SequenceData):
         self.num_pages = num_pages
         self.last_page_len = last_page_len
         self.table = table[:num_pages]
+        self.mark = None
         self.namespace = namespace
         self.prompt = prompt
         self.request: bytes | None = prompt

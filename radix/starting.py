@@ -93,14 +93,14 @@ def start_all(state: State, plans: list[Plan]) -> list[Started]:
     for plan in plans:
         run = Running.of(plan.num_pages, state.tree.page_size, plan.namespace, plan.key)
         first, end = plan.num_shared, at + plan.num_new
-        run.table[:first] = np.frombuffer(plan.path.pages, _INT32, first)
+        run.write(0, np.frombuffer(plan.path.pages, _INT32, first))
         forked = None
         if plan.tail_len:
             forked = plan.source, pages.item(tail), plan.tail_len
             tail += 1
-            run.table[first] = forked[1]
+            run.write(first, pages[tail - 1 : tail])
             first, end = first + 1, end - 1
-        run.table[first:] = pages[at:end]
+        run.write(first, pages[at:end])
         begun.append(_begin(state, plan.seq_id, run, plan.path, plan.num_shared, forked))
         at = end
     if reservation.victims:

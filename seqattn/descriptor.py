@@ -37,6 +37,7 @@ from seqattn.sequence import SequenceData
 
 if TYPE_CHECKING:
     from seqattn.hybrid import CostModel
+    from seqattn.hybrid_tables import HybridTables
     from seqattn.packed import FlashInferHybridData, FlashInferPackedData
     from seqattn.pages import PageArray, PageList
 
@@ -69,6 +70,7 @@ class CacheDescriptor:
     cache_manager: PageAllocator
     seq_id_to_data: dict[Hashable, SequenceData] = field(factory=dict)
     _flat: FlatTables = field(init=False, factory=FlatTables, repr=False, eq=False)
+    _hybrid: HybridTables | None = field(init=False, default=None, repr=False, eq=False)
     #: counts the changes of page tables, so that packing knows when only lengths have changed
     tables_version: int = field(init=False, default=0, repr=False, eq=False)
 
@@ -136,8 +138,7 @@ class CacheDescriptor:
         Raises:
             UnknownSequenceError: an id has no sequence.
         """
-        for seq_id in seq_ids:
-            self.data_of(seq_id)
+        self.all_of(seq_ids)
         self.allocate(seq_ids, [1] * len(seq_ids))
 
     def extend(self, seq_id: Hashable, num_tokens: int) -> None:
@@ -184,7 +185,7 @@ class CacheDescriptor:
         at = len(growth.copy_ids)
         if at:
             for seq_id, src, dst in zip(growth.copy_ids, growth.copy_src, pages[:at].tolist(), strict=True):
-                self.seq_id_to_data[seq_id].table[-1] = dst
+                self.seq_id_to_data[seq_id].write_last(dst)
                 self.cache_manager.drop(np.array([src], dtype=np.int32))
             self.note_rewrite()
         elif growth.num_pages:
@@ -316,8 +317,7 @@ class CacheDescriptor:
             UnknownSequenceError, DuplicateSequenceError: for any of the ids; nothing is released then.
         """
         self.refuse_twice(seq_ids)
-        for seq_id in seq_ids:
-            self.data_of(seq_id)
+        self.all_of(seq_ids)
         for seq_id in seq_ids:
             self.cache_manager.drop(self.seq_id_to_data.pop(seq_id).table)
         self.note_rewrite()
@@ -367,7 +367,8 @@ class CacheDescriptor:
     ) -> FlashInferHybridData:
         """The batch as levels of shared and unique pages, so that attention reads a shared prefix once.
 
-        Sequences share what their page tables have in common from the first page on; no tree is needed.
+        Sequences share what their page tables have in common from the first page on; no tree is needed. Never to be
+        written to: while tables only grow later packs give the same levels out again, and cost little (docs/design.md).
 
         Args:
             seq_ids: the batch, each id once, in the caller's order.
@@ -378,11 +379,10 @@ class CacheDescriptor:
         Raises:
             UnknownSequenceError, DuplicateSequenceError, LengthError: as above.
         """
-        from seqattn.hybrid import pack_hybrid
+        from seqattn.hybrid_tables import HybridTables
 
-        self.refuse_twice(seq_ids)
-        tables, lens = self.tables(seq_ids, num_tokens)
-        return pack_hybrid(tables, lens, page_size=self.page_size, query_lens=query_lens, cost_model=cost_model)
+        self._hybrid = self._hybrid or HybridTables()
+        return self._hybrid.pack(self, seq_ids, query_lens, cost_model, num_tokens)
 
     def tables(
         self, seq_ids: Sequence[Hashable], num_tokens: Sequence[int] | None = None

@@ -30,8 +30,8 @@ from seqattn.cost import CostModel, runs_that_pay
 from seqattn.errors import BadValueError, InvariantError, LengthError
 from seqattn.forest import Run, build_forest, without
 from seqattn.indptr import to_numpy
-from seqattn.packed import FlashInferHybridData, HybridLevel
-from seqattn.page_lists import concatenate
+from seqattn.levels import last_level, shared_levels, summed
+from seqattn.packed import FlashInferHybridData
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -40,7 +40,15 @@ if TYPE_CHECKING:
 
     Int64Array = npt.NDArray[np.int64]
 
-__all__ = ["CostModel", "check_hybrid", "pack_hybrid", "pack_levels", "pack_runs"]
+__all__ = [
+    "CostModel",
+    "check_hybrid",
+    "model_of",
+    "pack_hybrid",
+    "pack_levels",
+    "pack_runs",
+    "rows_of",
+]
 
 #: of arrays of int32 without gaps
 _SIDE_BY_SIDE = {(4,)}
@@ -76,7 +84,7 @@ def pack_hybrid(
     Cost: each page is read about twice, about three numpy calls for each sequence and level.
     """
     lens, rows = _checked(tables, num_tokens, page_size, query_lens)
-    model = _model(cost_model)
+    model = model_of(cost_model)
     if not {table.strides for table in tables} <= _SIDE_BY_SIDE:
         tables = [np.ascontiguousarray(table, dtype=np.int32) for table in tables]
     return pack_levels(tables, lens, rows, ((lens - rows) // page_size).tolist(), model, page_size=page_size)
@@ -105,7 +113,7 @@ def pack_levels(
     kept = None
     if model is not None and runs:
         places = np.array(order)
-        kept = runs_that_pay(runs, _before(rows[places]), lens[places], page_size, model)
+        kept = runs_that_pay(runs, summed(rows[places]), lens[places], page_size, model)
     return pack_runs(tables, lens, rows, (order, runs), kept, page_size=page_size)
 
 
@@ -133,9 +141,9 @@ def pack_runs(
         runs, _ = without(runs, kept)
         order = order if runs else list(range(len(tables)))
     places = np.array(order, dtype=np.int64)  # once: a list of numbers takes as long as all the rest to convert
-    ordered, rows_before, its_lens = [tables[i] for i in order], _before(rows[places]), lens[places]
-    levels = _shared_levels(runs, ordered, rows_before, page_size)
-    levels.append(_last_level(runs, ordered, rows_before, its_lens, page_size))
+    ordered, rows_before, its_lens = [tables[i] for i in order], summed(rows[places]), lens[places]
+    levels = shared_levels(runs, ordered, rows_before, page_size)
+    levels.append(last_level(runs, ordered, rows_before, its_lens, page_size))
     return FlashInferHybridData.trusted(tuple(levels), torch.from_numpy(places))
 
 
@@ -147,7 +155,18 @@ def _checked(
 ) -> tuple[Int64Array, Int64Array]:
     """Tokens and query rows of each sequence, int64 [batch]."""
     lens = _integers("num_tokens", num_tokens, len(tables))
-    rows = np.ones_like(lens) if query_lens is None else _integers("query_lens", query_lens, len(tables))
+    rows = rows_of(query_lens, lens)
+    num_pages = np.array([len(table) for table in tables], dtype=np.int64)
+    wrong = np.flatnonzero(num_pages != -(-lens // page_size))
+    if len(wrong):
+        i = int(wrong[0])
+        raise LengthError(f"tables[{i}] has {num_pages[i]} pages of {page_size} for {lens[i]} tokens")
+    return lens, rows
+
+
+def rows_of(query_lens: Sequence[int] | None, lens: Int64Array) -> Int64Array:
+    """Query rows of each sequence, int64 [batch]; LengthError where its tokens have not as many, or none."""
+    rows = np.ones_like(lens) if query_lens is None else _integers("query_lens", query_lens, len(lens))
     wrong = np.flatnonzero((rows < 1) | (rows > lens))
     if len(wrong):
         i = int(wrong[0])
@@ -155,12 +174,7 @@ def _checked(
             f"query_lens[{i}] is {rows[i]} for a sequence of {lens[i]} tokens: in a hybrid batch every sequence has at "
             "least one query row, and its rows are its last tokens"
         )
-    num_pages = np.array([len(table) for table in tables], dtype=np.int64)
-    wrong = np.flatnonzero(num_pages != -(-lens // page_size))
-    if len(wrong):
-        i = int(wrong[0])
-        raise LengthError(f"tables[{i}] has {num_pages[i]} pages of {page_size} for {lens[i]} tokens")
-    return lens, rows
+    return rows
 
 
 def _integers(name: str, values: Sequence[int] | Int64Array, num_sequences: int) -> Int64Array:
@@ -170,7 +184,8 @@ def _integers(name: str, values: Sequence[int] | Int64Array, num_sequences: int)
     return array.astype(np.int64, copy=False)
 
 
-def _model(cost_model: CostModel | Literal["auto"] | None) -> CostModel | None:
+def model_of(cost_model: CostModel | Literal["auto"] | None) -> CostModel | None:
+    """The model that is meant; raises BadValueError for anything else."""
     if cost_model is None or isinstance(cost_model, CostModel):
         return cost_model
     if cost_model == "auto":
@@ -182,66 +197,6 @@ def _model(cost_model: CostModel | Literal["auto"] | None) -> CostModel | None:
 def _auto() -> CostModel:
     """One model for all calls, which remembers what it has chosen."""
     return CostModel.for_heads(32, 8, 128, 2)
-
-
-def _shared_levels(
-    runs: list[Run], tables: list[PageArray], rows_before: Int64Array, page_size: int
-) -> list[HybridLevel]:
-    """All levels but the last; `tables` in group order."""
-    by_level: list[list[Run]] = []
-    level_of: list[int] = []
-    for run in runs:
-        level_of.append(0 if run.parent is None else level_of[run.parent] + 1)
-        if level_of[-1] == len(by_level):
-            by_level.append([])
-        by_level[level_of[-1]].append(run)
-    boundaries = {0, len(tables)}
-    levels = []
-    for members in by_level:
-        # Boundaries only ever grow from level to level, so that groups without pages end where groups above them do.
-        boundaries.update(run.first for run in members)
-        boundaries.update(run.stop for run in members)
-        levels.append(_shared_level(members, sorted(boundaries), tables, rows_before, page_size))
-    return levels
-
-
-def _shared_level(
-    members: list[Run], boundaries: list[int], tables: list[PageArray], rows_before: Int64Array, page_size: int
-) -> HybridLevel:
-    at = {run.first: run for run in members}
-    groups = [at.get(first) for first in boundaries[:-1]]
-    num_pages = np.array([run.end - run.begin if run else 0 for run in groups], dtype=np.int32)
-    return _level(
-        rows_before[boundaries],
-        num_pages,
-        concatenate(tables[run.first][run.begin : run.end] for run in members),
-        np.where(num_pages > 0, page_size, 0),
-    )
-
-
-def _last_level(
-    runs: list[Run], tables: list[PageArray], rows_before: Int64Array, lens: Int64Array, page_size: int
-) -> HybridLevel:
-    num_shared = np.zeros(len(tables), dtype=np.int64)
-    for run in runs:  # a run below overwrites what the run above it left
-        num_shared[run.first : run.stop] = run.end
-    own = [table[begin:] for table, begin in zip(tables, num_shared.tolist(), strict=True)]
-    num_own = (-(-lens // page_size) - num_shared).astype(np.int32)
-    return _level(rows_before, num_own, concatenate(own), (lens - 1) % page_size + 1)
-
-
-def _before(rows: Int64Array) -> Int64Array:
-    """The sum of all rows before each place, and of all."""
-    before = np.zeros(len(rows) + 1, dtype=np.int64)
-    rows.cumsum(out=before[1:])
-    return before
-
-
-def _level(qo_indptr: Int64Array, num_pages: npt.NDArray[np.int32], pages: PageArray, last: Int64Array) -> HybridLevel:
-    kv_page_indptr = np.zeros(len(num_pages) + 1, dtype=np.int32)
-    np.cumsum(num_pages, out=kv_page_indptr[1:])
-    parts = (qo_indptr.astype(np.int32), kv_page_indptr, pages, last.astype(np.int32))
-    return HybridLevel.trusted(*(torch.from_numpy(part) for part in parts))
 
 
 def check_hybrid(

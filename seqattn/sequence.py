@@ -30,6 +30,9 @@ class SequenceData:
     The table is an int32 buffer that grows by doubling, so that packing it is one copy. It holds page numbers only: the
     references belong to the descriptor that the sequence is in.
 
+    Whoever remembers something of the table's entries puts an object into `mark` and keeps it too: as long as it is
+    still there, pages have been appended at most. `write` and `cut` take it out, and nothing else may change entries.
+
     Args:
         kv_page_indices: page numbers, first page first; copied.
         last_page_len: tokens in the last page, at least 1; 0 if there is no page.
@@ -39,7 +42,7 @@ class SequenceData:
         LengthError: `last_page_len` is not an integer, or does not fit the number of pages.
     """
 
-    __slots__ = ("_buffer", "last_page_len", "num_pages", "table")
+    __slots__ = ("_buffer", "last_page_len", "mark", "num_pages", "table")
 
     def __init__(self, kv_page_indices: PageList, last_page_len: int) -> None:
         table = _as_table(kv_page_indices)
@@ -51,8 +54,9 @@ class SequenceData:
         self._buffer = table
         self.num_pages = num_pages
         self.last_page_len = int(last_page_len)
-        #: the entries in use, for the owner of the sequence to write
+        #: the entries in use, to be read; `write` changes them
         self.table = table
+        self.mark: object = None
 
     @property
     def last_page(self) -> int:
@@ -92,8 +96,19 @@ class SequenceData:
         self.num_pages += num_pages
         self.table = self._buffer[: self.num_pages]
 
+    def write(self, first: int, pages: PageArray) -> None:
+        """Puts pages in the place of those from number `first` on; the references are the caller's to settle."""
+        self.mark = None
+        self.table[first : first + len(pages)] = pages
+
+    def write_last(self, page: int) -> None:
+        """Puts a page in the place of the last one; likewise."""
+        self.mark = None
+        self.table[-1] = page
+
     def cut(self, num_pages: int) -> None:
         """Keeps the first `num_pages` pages; O(1)."""
+        self.mark = None
         self.num_pages = num_pages
         self.table = self._buffer[:num_pages]
 

@@ -93,6 +93,43 @@ def test_every_public_name_is_documented() -> None:
     assert not bare, f"no docstring: {bare}"
 
 
+def writes_to_tables(path: str) -> list[int]:
+    """Lines that assign to entries of a page table, or to what the same function has called a part of one."""
+    found: list[int] = []
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef):
+            steps = [step for step in ast.walk(node) if isinstance(step, ast.Assign | ast.AnnAssign | ast.AugAssign)]
+            parts = {ast.unparse(name) for step in steps for name in _names(step) if _is_table(step.value, set())}
+            found += [step.lineno for step in steps for name in _names(step) if _is_entry(name, parts)]
+    return found
+
+
+def _names(step: ast.Assign | ast.AnnAssign | ast.AugAssign) -> list[ast.expr]:
+    targets = step.targets if isinstance(step, ast.Assign) else [step.target]
+    return [name for target in targets for name in (target.elts if isinstance(target, ast.Tuple) else [target])]
+
+
+def _is_table(value: ast.expr | None, parts: set[str]) -> bool:
+    values = value.elts if isinstance(value, ast.Tuple) else [value]
+    return any(
+        (isinstance(each, ast.Attribute) and each.attr == "table")
+        or (isinstance(each, ast.Name) and each.id in parts)
+        or (isinstance(each, ast.Subscript) and _is_table(each.value, parts))
+        for each in values
+    )
+
+
+def _is_entry(name: ast.expr, parts: set[str]) -> bool:
+    return isinstance(name, ast.Subscript) and _is_table(name.value, parts)
+
+
+def test_entries_of_page_tables_are_written_in_one_file() -> None:
+    """What is remembered of a table is void then, which only `SequenceData` knows to say."""
+    assert len(writes_to_tables("seqattn/sequence.py")) == 2
+    others = {path: writes_to_tables(path) for path in sources(*PACKAGES) if path != "seqattn/sequence.py"}
+    assert not {path: lines for path, lines in others.items() if lines}, "use `write` or `write_last`"
+
+
 def test_the_version_stands_in_the_changelog() -> None:
     headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert headings[0] == seqattn.__version__

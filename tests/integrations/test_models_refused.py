@@ -327,7 +327,7 @@ def test_levels_are_weighed_as_graphs_compute_them(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("radix.integrations.transformers.runner.PagedAttention", OnCuda)
     monkeypatch.setattr("radix.integrations.transformers.runner.decoder_for", lambda *_, **__: graph_sizes)
     engine = Engine(model, None, PrefixCache(manager_for(model, num_pages=64)), graph_sizes=graph_sizes)
-    model_of_costs: Untyped = engine.runner.packer.cost_model
+    model_of_costs: Untyped = engine.runner.cost_model
     assert model_of_costs.device.has_short == (graph_sizes is None)
     engine.close()
 

@@ -13,11 +13,10 @@ import torch
 from radix.integrations.transformers import Engine, Request, Sampling, flight
 from radix.integrations.transformers.attention import Step
 from radix.integrations.transformers.decoding import GraphStep
-from radix.integrations.transformers.scheduler import Growth
 from seqattn import FlashInferHybridData
 from seqattn.attention.graphs import DecodeGraphs
-from seqattn.hybrid import check_hybrid
 from tests.integrations.models import check_all_free, engine_for, generated, prompt
+from tests.seqattn.packs import Asked, Packs, count_forests, reuse_whatever_changes
 
 pytest.importorskip("transformers", reason="needs the extra chat")
 
@@ -62,20 +61,12 @@ def step_that_fails(engine: Engine, *, is_late: bool, at: int) -> None:
 
 def check_packing(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     """From now on, proves each hybrid batch, and compares it with one that is packed anew."""
-    packer = engine.runner.packer
-    pack = packer.pack
+    packs = Packs(engine.cache.descriptor, engine.cache.pack_hybrid_for_flashinfer)
 
-    def checked(ids: list[Hashable], growth: Growth | None) -> FlashInferHybridData:
-        data = pack(ids, growth)
-        tables, lens = engine.cache.descriptor.tables(ids)
-        check_hybrid(data, tables, lens, None, engine.cache.tree.page_size)
-        anew = engine.cache.pack_hybrid_for_flashinfer(ids)
-        assert [level.kv_page_indices.tolist() for level in data.levels] == [
-            level.kv_page_indices.tolist() for level in anew.levels
-        ]
-        return data
+    def checked(ids: list[Hashable], **options: Any) -> FlashInferHybridData:  # noqa: ANN401  as of the cache
+        return packs.pack(ids, Asked(options["query_lens"], options["num_tokens"], options["cost_model"]))
 
-    patch.setattr(packer, "pack", checked)
+    patch.setattr(engine.cache, "pack_hybrid_for_flashinfer", checked)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +86,8 @@ def test_every_answer_of_a_random_life_is_right_and_no_page_is_lost(
     options: dict[str, Any] = {"max_tokens_per_step": budget, "graph_sizes": graph_sizes, "run_ahead": run_ahead}
     engine = engine_for(num_pages=14, page_size=4, max_requests=5, **options)
     check_packing(engine, monkeypatch)
+    reuse_whatever_changes(monkeypatch)
+    made = count_forests(monkeypatch)
     requests: list[Request] = []
     for _ in range(120):
         open_ones = [request for request in requests if not request.is_finished]
@@ -120,5 +113,5 @@ def test_every_answer_of_a_random_life_is_right_and_no_page_is_lost(
         expect_right(request)
     assert engine.cache.stats.num_evicted_pages > 0
     assert (engine.steps.num_ahead > 10) == run_ahead
-    assert min(engine.runner.packer.num_full, engine.runner.packer.num_grown) > 0
+    assert made["changed"] > 0
     check_all_free(engine)

@@ -20,7 +20,7 @@ from radix.cache import PrefixCache
 from radix.integrations.transformers.attention import NAME, Step
 from radix.integrations.transformers.decoding import GraphSizes, GraphStep, decoder_for
 from radix.integrations.transformers.model import describe
-from radix.integrations.transformers.packing import HybridPacker, pack_rows
+from radix.integrations.transformers.packing import pack_rows
 from seqattn.append import sent
 from seqattn.attention.front import PagedAttention
 from seqattn.errors import BadValueError, ModelError
@@ -86,7 +86,7 @@ class Runner:
         if cost_model == "auto":
             own = self.attention.cost_model if self.decoder is None else self.attention.graph_cost_model
             cost_model = own if self.attention.backend == "flashinfer" else None
-        self.packer = HybridPacker(cache, cost_model)
+        self.cost_model = cost_model
         #: an engine that was there before has taken the model's own; this is what a model has unless told otherwise
         usual = "sdpa" if model._supports_sdpa else "eager"
         had: str = model.config._attn_implementation
@@ -126,7 +126,7 @@ class Runner:
         """The same as rows that are decoded."""
         tokens, positions, rows, _ = self._rows(batch)
         ids = [request.id for request in batch.requests]
-        data = pack_rows(self.cache, ids, batch.lens, batch.num_new, self.packer.cost_model)
+        data = pack_rows(self.cache, ids, batch.lens, batch.num_new, self.cost_model)
         return GraphStep(data, tokens, positions, batch, rows)
 
     def _rows(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[int] | None]:
@@ -172,10 +172,9 @@ class Runner:
         """What attention reads."""
         if self._is_plain(ids):
             return self.cache.pack_for_flashinfer(ids, num_tokens=num_tokens)
-        if batch.decodes:
-            return self.packer.pack(ids, batch.growth)
+        query_lens = None if batch.decodes else batch.num_new
         return self.cache.pack_hybrid_for_flashinfer(
-            ids, query_lens=batch.num_new, cost_model=self.packer.cost_model, num_tokens=num_tokens
+            ids, query_lens=query_lens, cost_model=self.cost_model, num_tokens=num_tokens
         )
 
     def forward(self, step: Step | GraphStep) -> torch.Tensor:

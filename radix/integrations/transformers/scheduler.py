@@ -16,7 +16,7 @@ so it always comes to its end.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 from attrs import define, field
 
@@ -29,14 +29,12 @@ if TYPE_CHECKING:
     from radix.cache import PrefixCache
     from radix.integrations.transformers.request import Request
 
-__all__ = ["Batch", "Growth", "Scheduler"]
+__all__ = ["Batch", "Scheduler"]
 
 #: stands for a token until it is known
 _UNKNOWN = 0
 #: steps after which what waits is tried again though no request has ended: others may have let go of pages
 _PATIENCE = 16
-#: versions of the page tables before and after something
-Growth: TypeAlias = tuple[int, int]
 
 
 class Batch(NamedTuple):
@@ -46,14 +44,12 @@ class Batch(NamedTuple):
         requests: those that decode first, then those whose prompts are computed.
         num_decoding: how many decode.
         num_new: tokens of each, at least 1.
-        growth: versions of the page tables before and after those that decode were extended; None if none does.
         on_the_way: tokens of each that a batch before it computes, which has not landed; empty if there is none.
     """
 
     requests: list[Request]
     num_decoding: int
     num_new: list[int]
-    growth: Growth | None
     on_the_way: Sequence[int] = ()
 
     @property
@@ -107,7 +103,7 @@ class Scheduler:
             NoPageError: nothing runs, and the pages of all that it looks at are held by others, pins for example.
         """
         self.admit()
-        decoding, growth = self._extend([r for r in self.running if not r.is_prefilling])
+        decoding = self._extend([r for r in self.running if not r.is_prefilling])
         budget = self.max_tokens - len(decoding)
         requests, num_new = decoding[:], [1] * len(decoding)
         for request in self.running:
@@ -116,7 +112,7 @@ class Scheduler:
                 requests.append(request)
                 num_new.append(size)
                 budget -= size
-        return Batch(requests, len(decoding), num_new, growth)
+        return Batch(requests, len(decoding), num_new)
 
     def batch_after(self, batch: Batch) -> Batch | None:
         """What decodes after a batch that is on its way, extended by tokens that are not known yet.
@@ -140,10 +136,10 @@ class Scheduler:
             return None
         requests = [request for request, _ in going_on]
         try:
-            growth = self._grow(requests, [_UNKNOWN] * len(requests))
+            self.cache.extend([request.id for request in requests], [_UNKNOWN] * len(requests))
         except NoPageError:
             return None
-        return Batch(requests, len(requests), [1] * len(requests), growth, [size for _, size in going_on])
+        return Batch(requests, len(requests), [1] * len(requests), [size for _, size in going_on])
 
     def tell(self, batch: Batch, tokens: dict[Request, int]) -> None:
         """The tokens that were not known when a batch was made ahead."""
@@ -175,24 +171,19 @@ class Scheduler:
             if self.is_sequence(request) and self.cache.descriptor.num_tokens(request.id) > length:
                 self.cache.truncate(request.id, length)
 
-    def _extend(self, decoding: list[Request]) -> tuple[list[Request], Growth | None]:
+    def _extend(self, decoding: list[Request]) -> list[Request]:
         """Extends what decodes by one token each, preempting the newest requests until there is room."""
         while decoding:
             tokens = [request.tokens[-1] for request in decoding]
             try:
-                return decoding, self._grow(decoding, tokens)
+                self.cache.extend([request.id for request in decoding], tokens)
             except NoPageError:
                 victim = max(self.running, key=lambda request: request.arrival)
                 self.preempt(victim)
                 decoding = [request for request in decoding if request is not victim]
-        return [], None
-
-    def _grow(self, requests: list[Request], tokens: list[int]) -> Growth:
-        """Extends each by a token; raises NoPageError, and nothing has changed."""
-        with self.cache.lock:
-            version = self.cache.descriptor.tables_version
-            self.cache.extend([request.id for request in requests], tokens)
-            return version, self.cache.descriptor.tables_version
+            else:
+                break
+        return decoding
 
     # -- coming and going ---------------------------------------------------------------------------------------------
 
