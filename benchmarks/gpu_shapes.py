@@ -132,7 +132,8 @@ def _uneven_tables(shape: Shape, seed: int, *, in_line: bool) -> list[npt.NDArra
     rng = np.random.default_rng(seed)
 
     def pages_of(num_tokens: int, count: int) -> list[int]:
-        return rng.integers(-(-num_tokens // (4 * PAGE_SIZE)), 2 * num_tokens // PAGE_SIZE + 1, count).tolist()
+        fewest, most = -(-num_tokens // (4 * PAGE_SIZE)), 2 * num_tokens // PAGE_SIZE
+        return [int(number) for number in rng.integers(fewest, most + 1, count)]
 
     system_pages = [shape.system_len // PAGE_SIZE] * shape.systems
     document_pages = pages_of(shape.document_len, shape.systems * shape.documents)

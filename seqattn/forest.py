@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     _Branch = tuple[list[int], Sequence[PageArray], Sequence[int], int, int | None]
 
-__all__ = ["Run", "build_forest", "without"]
+__all__ = ["Run", "add_runs", "agreed", "build_forest", "without"]
 
 #: so many branches are found at once; fewer if they have branches themselves, else walking them is faster
 _MANY = 8
@@ -77,7 +77,7 @@ def build_forest(tables: Sequence[PageArray], limits: Sequence[int]) -> tuple[li
             depth, parent = end, len(runs) - 1
         tried = _looks_grouped(its, depth, least)
         if tried and (below := grouped_runs(its, most, depth, least)) is not None:
-            _add(below, runs, len(order), depth, parent)
+            add_runs(below, runs, len(order), depth, parent)
             order += members
             continue
         pages = _next_pages(its, most, depth, least)
@@ -91,7 +91,7 @@ def build_forest(tables: Sequence[PageArray], limits: Sequence[int]) -> tuple[li
         elif tried or (below := _all_below(its, most, depth, least, pages, branches)) is None:
             sizes = [len(list(same)) for _, same in groupby(pages)]
         else:
-            _add(below, runs, len(order), depth, parent)
+            add_runs(below, runs, len(order), depth, parent)
             order += members
             continue
         parts = list(starmap(slice, pairwise(accumulate(sizes, initial=0))))
@@ -103,11 +103,11 @@ def _common_end(tables: Sequence[PageArray], begin: int, end: int) -> int:
     """How far the tables agree, at most to `end`, given that they agree on their first `begin` pages."""
     lead = tables[0]
     # In most batches the first and the last have the least in common: the others are only seen to agree.
-    end = _agreed(lead, tables[-1], begin, end)
+    end = agreed(lead, tables[-1], begin, end)
     parts: list[Any] = [table[begin:end] for table in tables[1:-1]] if end > begin else []
     if not all(map(lead[begin:end].tobytes().startswith, parts)):
         for table in tables[1:-1]:
-            end = _agreed(lead, table, begin, end)
+            end = agreed(lead, table, begin, end)
     return end
 
 
@@ -124,12 +124,12 @@ def _all_below(
 ) -> list[tuple[int, int, int]] | None:
     """What `grouped_runs` finds, where there are many branches, or the first one has branches itself."""
     lead, first = tables[0], pages.count(pages[0])
-    if branches >= _MANY or _agreed(lead, tables[first - 1], depth, least) < _agreed(lead, tables[1], depth, least):
+    if branches >= _MANY or agreed(lead, tables[first - 1], depth, least) < agreed(lead, tables[1], depth, least):
         return grouped_runs(tables, limits, depth, least)
     return None
 
 
-def _agreed(table: PageArray, other: PageArray, begin: int, end: int) -> int:
+def agreed(table: PageArray, other: PageArray, begin: int, end: int) -> int:
     """How far two tables agree between these pages."""
     common = (table[begin:end] != other[begin:end]).tobytes().find(1)
     return end if common < 0 else begin + common
@@ -150,7 +150,7 @@ def _by_page(members: list[int], pages: list[int]) -> tuple[list[int], list[int]
     return list(chain.from_iterable(branches.values())), list(map(len, branches.values()))
 
 
-def _add(below: list[tuple[int, int, int]], runs: list[Run], first: int, depth: int, parent: int | None) -> None:
+def add_runs(below: list[tuple[int, int, int]], runs: list[Run], first: int, depth: int, parent: int | None) -> None:
     """Adds what `grouped_runs` found below a run, or below none, of sequences from position `first` on."""
     # The runs around the next one, the innermost last: where the sequences stop, the page where it ends, its index.
     around = [(float("inf"), depth, parent)]

@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from attrs import define
 
-from seqattn.forest import Run, _add, build_forest
+from seqattn.forest import Run, add_runs, agreed, build_forest
 from seqattn.levels import pages_above
-from seqattn.neighbours import _stretches
+from seqattn.neighbours import stretches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,7 +133,7 @@ class KnownForest:
         for number in joining.tolist():
             line.add(number)
         runs: list[Run] = []
-        _add(_stretches(line.ends, 0), runs, 0, 0, None)
+        add_runs(stretches(line.ends, 0), runs, 0, 0, None)
         return self._of(np.array(line.numbers, dtype=np.int64), runs, limits)
 
 
@@ -184,7 +184,7 @@ class _Line:
             # All of [first, stop) have `end` pages in common with each other, and `depth` of them with this one.
             number = numbers[first]
             end = min(ends[first : stop - 1], default=self._limits[number])
-            depth = _agreed(self._tables[number], table, depth, min(end, limit))
+            depth = agreed(self._tables[number], table, depth, min(end, limit))
             if depth < end or depth == limit or stop - first == 1:
                 return stop, depth
             found = self._below(first, stop, end).setdefault(table.item(end), joining)
@@ -202,9 +202,3 @@ class _Line:
             found = {tables[head].item(end): head for head in heads if limits[head] > end}
             self._branches[self.numbers[first], end] = found
         return found
-
-
-def _agreed(table: PageArray, other: PageArray, begin: int, end: int) -> int:
-    """How far two tables agree between these pages."""
-    common = (table[begin:end] != other[begin:end]).tobytes().find(1)
-    return end if common < 0 else begin + common

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from seqattn.pages import PageArray
 
-__all__ = ["grouped_runs"]
+__all__ = ["grouped_runs", "stretches"]
 
 #: from so many sequences on, and up to so many pages, this is faster than to walk branch by branch
 _FEWEST, _MOST_PAGES = 12, 100_000
@@ -62,7 +62,7 @@ def grouped_runs(
     short = np.arange(count) if all_short else np.array([i for i, limit in enumerate(limits) if limit == least])
     rows[short, -1] = ~short
     common = (rows[:-1] != rows[1:]).argmax(axis=1)
-    runs = _stretches((common + depth).tolist(), depth)
+    runs = stretches((common + depth).tolist(), depth)
     # The page that each branch goes on with; rows that agree in all columns seem to part at their first.
     seen = rows[1:][np.arange(count - 1), common].tolist()
     seen += [rows.item(first, end - depth) for first, end, _ in runs]
@@ -70,7 +70,7 @@ def grouped_runs(
     return runs if len(set(seen)) == len(seen) else None
 
 
-def _stretches(ends: list[int], depth: int) -> list[tuple[int, int, int]]:
+def stretches(ends: list[int], depth: int) -> list[tuple[int, int, int]]:
     """The runs, from where each sequence parts from the one before it."""
     runs: list[tuple[int, int, int]] = []
     opened: list[tuple[int, int]] = [(0, depth)]
