@@ -100,24 +100,24 @@ class Device:
     num_processors: int = 132
     has_fa3: bool = True
     has_short: bool = field(default=True, validator=validators.instance_of(bool))
-    decode: KernelCost = KernelCost(2.701, 6.468, 5.922e12, 48.24e12, 2.344, 202.1, 2.441)  # noqa: RUF009  frozen
-    fa2_64: KernelCost = KernelCost(2.062, 16.02, 21.97e12, 233.1e12, 0.5216, 87.36, 2.216)  # noqa: RUF009  as above
-    fa2_128: KernelCost = KernelCost(0.1675, 35.96, 44.64e12, 11.19e12, 2.233, 96.74, 3.595)  # noqa: RUF009  as above
-    fa3: KernelCost = KernelCost(3.521, 13.89, 52.51e12, 106e12, 0.0, 0.0, 0.8001)  # noqa: RUF009  as above
-    short: KernelCost = KernelCost(0.0009995, 3.794, 3.16e12, 4.79e12, 369.3, 168.6, 10.57)  # noqa: RUF009  as above
-    fa3_in_line: KernelCost = KernelCost(4.458, 8.31, 12.96e12, 206.5e12, 0.0, 0.0, 1.002)  # noqa: RUF009  as above
-    plain_us: float = field(default=5.812, validator=not_negative)
-    start_us: float = field(default=0.128, validator=not_negative)
-    level_us: float = field(default=6.68, validator=not_negative)
-    last_us: float = field(default=3.125, validator=not_negative)
-    gather_us: float = field(default=2.3, validator=not_negative)
-    fa3_waits: float = field(default=0.85, validator=not_negative)
-    fa2_waits: float = field(default=0.328, validator=not_negative)
-    spread: float = field(default=0.2889, validator=not_negative)
-    lower_waits: float = field(default=1.846, validator=not_negative)
-    last_waits: float = field(default=0.5836, validator=not_negative)
-    result_ns: float = field(default=0.113, validator=not_negative)
-    gathered_ns: float = field(default=21.19, validator=not_negative)
+    decode: KernelCost = KernelCost(2.813, 6.735, 4.244e12, 16.72e12, 2.314, 207.8, 6.263)  # noqa: RUF009  frozen
+    fa2_64: KernelCost = KernelCost(1.011, 11.99, 14.2e12, 226.7e12, 0.4829, 133.3, 1.198)  # noqa: RUF009  as above
+    fa2_128: KernelCost = KernelCost(0.1726, 28.82, 44.62e12, 11.12e12, 3.06, 88.06, 3.6)  # noqa: RUF009  as above
+    fa3: KernelCost = KernelCost(1.261, 11.64, 36.07e12, 39.25e12, 0.0, 0.0, 0.6272)  # noqa: RUF009  as above
+    short: KernelCost = KernelCost(0.0009999, 3.802, 3.379e12, 4.778e12, 368.4, 168.4, 9.981)  # noqa: RUF009  as above
+    fa3_in_line: KernelCost = KernelCost(4.765, 8.677, 16.02e12, 206.1e12, 0.0, 0.0, 0.8921)  # noqa: RUF009  as above
+    plain_us: float = field(default=5.193, validator=not_negative)
+    start_us: float = field(default=0.1913, validator=not_negative)
+    level_us: float = field(default=6.244, validator=not_negative)
+    last_us: float = field(default=3.032, validator=not_negative)
+    gather_us: float = field(default=4.513, validator=not_negative)
+    fa3_waits: float = field(default=0.6697, validator=not_negative)
+    fa2_waits: float = field(default=0.3292, validator=not_negative)
+    spread: float = field(default=0.1905, validator=not_negative)
+    lower_waits: float = field(default=1.002, validator=not_negative)
+    last_waits: float = field(default=0.296, validator=not_negative)
+    result_ns: float = field(default=0.1042, validator=not_negative)
+    gathered_ns: float = field(default=14.86, validator=not_negative)
     margin: float = field(default=0.02, validator=not_negative)
     margin_us: float = field(default=0.8, validator=not_negative)
     level_margin: float = field(default=0.015, validator=not_negative)

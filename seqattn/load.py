@@ -217,7 +217,7 @@ def loads_of(
     sums = np.array((cut.times, cut.rows * cut.times, cut.tokens * cut.times))
     counts, total_rows, total_tokens = np.add.reduceat(sums, cut.first, axis=1)
     values = np.zeros((9, len(counts), 1 + len(slices)))
-    values[0] = 1  # blocks of what is not counted
+    values[0] = values[2] = 1  # blocks of what is not counted, and their tokens
     kernel = np.full(values.shape[1:], FA3)
     if cut.in_line is not None and cut.in_line.any():
         kernel[cut.in_line[:, None] & (-(-longest[:, None] // np.r_[1, slices]) >= _LEAST_IN_LINE)] = FA3_IN_LINE

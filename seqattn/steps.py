@@ -6,11 +6,15 @@ A call takes, alone, once it has started (`seqattn.load` counts its blocks):
     body      = (computing ** mix + reading ** mix) ** (1 / mix)
     call      = body + rows merged of the kernel's own splits
 
+Lists of different lengths leave multiprocessors idle. fa3 hands its blocks out the longest first, so that short ones
+fill up what a last round of equal ones would leave. Of decode and fa2 two blocks share a multiprocessor: a long one
+that outlasts the others does not go faster for that.
+
 `reading` is memory traffic: tokens that no block has read yet come from memory, those read again from the L2 cache.
 A plain step is its one call and a start. Otherwise the calls run at the same time, the coarsest level first:
 
     work   = sum of (body * share of the multiprocessors that it fills), and all of the last level
-    chain  = each call, behind the blocks of others that have its multiprocessors already
+    chain  = each call, behind the blocks of others that have its multiprocessors already; at least its longest block
     step   = start + levels * level + gather + max(work, chains) + results merged
 
 Blocks of a last level go wherever there is room, wave after wave: a few that found none may take a wave more.
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ARRAYS", "NUMBERS", "bodies_of", "body_of", "one_by_one", "step_us"]
 
+#: how fast blocks of different lengths come to fill a last round up: the power of their mean over the longest
+_FILLED_UP = 4
 #: one number, or an array of them
 Value = Any
 #: several of them, or an array of all
@@ -58,7 +64,7 @@ NUMBERS = Functions(math.ceil, math.floor, max, min, lambda condition, yes, no: 
 
 
 def bodies_of(device: Device, load: Load, heads: Heads) -> FloatArray:
-    """What calls take, from what they have to do: `body_of` of each, float64 [11, ...]."""
+    """What calls take, from what they have to do: `body_of` of each, float64 [13, ...]."""
     is_fa3 = (load.kernel == FA3) | (load.kernel == FA3_IN_LINE)
     return np.array(body_of(device, device.table[:, load.kernel], is_fa3, load.values, heads, ARRAYS))
 
@@ -79,29 +85,36 @@ def body_of(
     The numbers:
         all blocks; merging the kernel's own splits; the share of the multiprocessors that the blocks fill; the blocks
         that run at the same time; how many of these there are, in halves of a multiprocessor; merging results with
-        those of other levels and gathering queries; 1 for fa3, else 0; blocks; computing and reading
-        alone, and how they mix.
+        those of other levels and gathering queries; 1 for fa3, else 0; blocks; computing, as if no block were longer
+        than others, and reading, each alone, and how they mix; both together; the longest block.
     """
     wave_us, token_ns, rate, again_rate, part_ns, row_ns, mix = cost
     blocks, tokens, longest, parts, split_rows, results, gathered, new, again = load
-    each = by.ceil(blocks / device.num_processors)
-    computing = each * wave_us + by.maximum(each * tokens / blocks, longest) * (token_ns * (heads.head_dim / 128e3))
+    token_us = token_ns * (heads.head_dim / 128e3)
+    share, mean = blocks / device.num_processors, tokens / blocks
+    each = by.ceil(share)
+    rounds = by.where(is_fa3, share + (each - share) * (mean / longest) ** _FILLED_UP, each)
+    flowing = each * wave_us + rounds * mean * token_us
+    alone = by.where(is_fa3, 1, by.minimum(each, 2)) * longest
+    computing = each * wave_us + by.maximum(rounds * mean, alone) * token_us
     reading = (new / rate + again / again_rate) * 1e6
     body = (computing**mix + reading**mix) ** (1 / mix)
+    flow = (flowing**mix + reading**mix) ** (1 / mix)
     post = (parts * part_ns + split_rows * row_ns) / 1e3
     filled = blocks / (each * device.num_processors)
-    wave = body / by.where(is_fa3, each, by.ceil(each / 2))
+    wave = flow / by.where(is_fa3, each, by.ceil(each / 2))
     held = by.minimum(blocks * (1 + is_fa3), 2 * device.num_processors)
     merge = (results * device.result_ns + gathered * device.gathered_ns) / 1e3
-    return body, post, filled, wave, held, merge, is_fa3, blocks, computing, reading, mix
+    chain = wave_us + longest * token_us * (2 - is_fa3)
+    return body, post, filled, wave, held, merge, is_fa3, blocks, flowing, reading, mix, flow, chain
 
 
 def one_by_one(call: Sequence[float], then: Sequence[float], level_us: float) -> tuple[float, ...]:
     """Two calls one after the other, as one; each as `body_of` has it."""
-    body, post, _, _, _, merge, _, blocks, computing, reading, _ = (a + b for a, b in zip(call, then, strict=True))
+    body, post, _, _, _, merge, _, *work, _, flow, chain = (a + b for a, b in zip(call, then, strict=True))
     filled = (call[0] * call[2] + then[0] * then[2]) / body
     held, is_fa3 = max(call[4], then[4]), max(call[6], then[6])
-    return body, post, filled, call[3], held, merge + level_us, is_fa3, blocks, computing, reading, call[10]
+    return body, post, filled, call[3], held, merge + level_us, is_fa3, *work, call[10], flow, chain
 
 
 def step_us(
@@ -141,13 +154,13 @@ def _beside(device: Device, call: Values, others: tuple[Value, Value], waits: fl
     """
     held, until = others
     halves = 2 * device.num_processors
-    body, _, _, wave, _, _, _, blocks, computing, reading, mix = call
-    free, waves = by.maximum(halves - held, 1), body / wave
+    _, _, _, wave, _, _, _, blocks, computing, reading, mix, flow, longest = call
+    free, waves = by.maximum(halves - held, 1), flow / wave
     room = free / halves
     slow = ((computing / waves) ** mix + (reading / waves * room**device.spread) ** mix) ** (1 / mix)
     pace = room * wave / slow
-    flowing = by.where(until * pace < body, until * (1 - pace) + body, body / pace)
+    flowing = by.where(until * pace < flow, until * (1 - pace) + flow, flow / pace)
     # The same in whole waves: a few blocks that found no room may take a wave more.
     left = by.maximum(blocks - free * by.floor(until / slow), 0)
     whole = by.minimum(until + by.ceil(left / halves) * wave, by.ceil(blocks / free) * slow)
-    return flowing + waits * by.maximum(whole - flowing, 0)
+    return by.maximum(flowing + waits * by.maximum(whole - flowing, 0), longest)

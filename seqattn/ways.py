@@ -173,7 +173,8 @@ class Ways:
         if (pace := self._paces.get(held)) is None:
             halves = 2 * self.device.num_processors
             self._paces[held] = pace = (max(halves - held, 1) / halves) ** (1 - self.device.spread)
-        return until * (1 - pace) + call[0] if until * pace < call[0] else call[0] / pace
+        flow = call[11]
+        return max(until * (1 - pace) + flow if until * pace < flow else flow / pace, call[12])
 
 
 def best_slices(device: Device, heads: Heads, shared: Sequence[Groups], last: Groups) -> tuple[float, list[int]] | None:

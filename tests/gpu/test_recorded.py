@@ -26,7 +26,7 @@ MODEL = CostModel.for_heads(32, 8, 128, 2, device=DEVICE)
 def recorded(name: str) -> list[dict[str, Any]]:
     text = (ROOT / f"benchmarks/results/gpu_attention_h200{name}.jsonl").read_text(encoding="utf-8")
     about, *rows = map(json.loads, text.splitlines())
-    how = {key: about.get(key, False) for key in ("in_line", "ragged")}
+    how = {key: about.get(key, False) for key in ("in_line", "ragged", "uneven")}
     as_now = "short_lists" in about
     return [row | {"seed": about["seed"], "how": how, "id": f"{row['name']}{name}", "as_now": as_now} for row in rows]
 
