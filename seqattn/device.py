@@ -100,24 +100,24 @@ class Device:
     num_processors: int = 132
     has_fa3: bool = True
     has_short: bool = field(default=True, validator=validators.instance_of(bool))
-    decode: KernelCost = KernelCost(2.813, 6.735, 4.244e12, 16.72e12, 2.314, 207.8, 6.263)  # noqa: RUF009  frozen
-    fa2_64: KernelCost = KernelCost(1.011, 11.99, 14.2e12, 226.7e12, 0.4829, 133.3, 1.198)  # noqa: RUF009  as above
-    fa2_128: KernelCost = KernelCost(0.1726, 28.82, 44.62e12, 11.12e12, 3.06, 88.06, 3.6)  # noqa: RUF009  as above
-    fa3: KernelCost = KernelCost(1.261, 11.64, 36.07e12, 39.25e12, 0.0, 0.0, 0.6272)  # noqa: RUF009  as above
-    short: KernelCost = KernelCost(0.0009999, 3.802, 3.379e12, 4.778e12, 368.4, 168.4, 9.981)  # noqa: RUF009  as above
-    fa3_in_line: KernelCost = KernelCost(4.765, 8.677, 16.02e12, 206.1e12, 0.0, 0.0, 0.8921)  # noqa: RUF009  as above
-    plain_us: float = field(default=5.193, validator=not_negative)
-    start_us: float = field(default=0.1913, validator=not_negative)
-    level_us: float = field(default=6.244, validator=not_negative)
-    last_us: float = field(default=3.032, validator=not_negative)
-    gather_us: float = field(default=4.513, validator=not_negative)
-    fa3_waits: float = field(default=0.6697, validator=not_negative)
-    fa2_waits: float = field(default=0.3292, validator=not_negative)
-    spread: float = field(default=0.1905, validator=not_negative)
-    lower_waits: float = field(default=1.002, validator=not_negative)
-    last_waits: float = field(default=0.296, validator=not_negative)
-    result_ns: float = field(default=0.1042, validator=not_negative)
-    gathered_ns: float = field(default=14.86, validator=not_negative)
+    decode: KernelCost = KernelCost(2.828, 6.799, 4.358e12, 13.24e12, 2.006, 235.6, 9.306)  # noqa: RUF009  frozen
+    fa2_64: KernelCost = KernelCost(1.057, 12.9, 4.474e12, 226.9e12, 0.525, 138.1, 3.292)  # noqa: RUF009  as above
+    fa2_128: KernelCost = KernelCost(0.17, 27.56, 4.564e12, 11.23e12, 3.461, 125.8, 4.345)  # noqa: RUF009  as above
+    fa3: KernelCost = KernelCost(0.9993, 9.79, 17.32e12, 18.77e12, 0.0, 0.0, 0.6246)  # noqa: RUF009  as above
+    short: KernelCost = KernelCost(0.0009544, 4.07, 3.315e12, 4.851e12, 372.2, 170.1, 9.966)  # noqa: RUF009  as above
+    fa3_in_line: KernelCost = KernelCost(2.68, 7.577, 7.459e12, 203.6e12, 0.0, 0.0, 1.18)  # noqa: RUF009  as above
+    plain_us: float = field(default=5.751, validator=not_negative)
+    start_us: float = field(default=0.2556, validator=not_negative)
+    level_us: float = field(default=6.705, validator=not_negative)
+    last_us: float = field(default=3.292, validator=not_negative)
+    gather_us: float = field(default=3.739, validator=not_negative)
+    fa3_waits: float = field(default=0.6338, validator=not_negative)
+    fa2_waits: float = field(default=0.305, validator=not_negative)
+    spread: float = field(default=0.2295, validator=not_negative)
+    lower_waits: float = field(default=1.209, validator=not_negative)
+    last_waits: float = field(default=0.4767, validator=not_negative)
+    result_ns: float = field(default=0.09671, validator=not_negative)
+    gathered_ns: float = field(default=15.53, validator=not_negative)
     margin: float = field(default=0.02, validator=not_negative)
     margin_us: float = field(default=0.8, validator=not_negative)
     level_margin: float = field(default=0.015, validator=not_negative)
