@@ -129,6 +129,7 @@ def _measured(options: _Options, heads: Heads, chip: Chip) -> list[Measured]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from seqattn.attention.fa3_sources import why_fa3_cannot_be_used
     from seqattn.cuda_steps import CudaSteps
 
     device = torch.device("cuda", options.device)
@@ -144,7 +145,8 @@ def _measured(options: _Options, heads: Heads, chip: Chip) -> list[Measured]:
                 progress.advance(task)
                 return goes_on()
 
-            return measure(shapes, timer, has_fa3=chip.has_fa3, on_batch=on_batch)
+            has_fa3 = chip.has_fa3 and why_fa3_cannot_be_used() is None
+            return measure(shapes, timer, has_fa3=has_fa3, on_batch=on_batch)
 
 
 def _table(title: str, device: Device) -> Table:

@@ -66,6 +66,7 @@ ORDER = [
     "seqattn/attention/views.py",
     "seqattn/attention/prepared.py",
     "seqattn/attention/streams.py",
+    "seqattn/attention/fa3_sources.py",
     "seqattn/attention/flashinfer_backend.py",
     "seqattn/attention/front.py",
     "seqattn/attention/fixed.py",
@@ -133,7 +134,7 @@ NO_TENSORS = ["radix/tokens.py", "radix/node.py", "radix/tree.py"]
 CORE = {"attrs", "numpy", "sortedcontainers", "torch"}
 #: package of an extra → the files that may import it
 EXTRAS = {
-    "flashinfer": ["seqattn/append.py", "seqattn/attention/wrapper_set.py"],
+    "flashinfer": ["seqattn/append.py", "seqattn/attention/fa3_sources.py", "seqattn/attention/wrapper_set.py"],
     "triton": ["seqattn/kernels.py", "seqattn/row_kernel.py"],  # comes with torch on Linux
     "rich": ["radix/__main__.py", "seqattn/__main__.py"],
     "rich_click": ["radix/__main__.py", "seqattn/__main__.py", "seqattn/command.py"],

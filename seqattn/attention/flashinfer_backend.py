@@ -18,8 +18,9 @@ What flashinfer leaves to its callers is settled here:
   turn; a set is planned anew only after its copies are done. So a plan that fails leaves the one before as it was.
 - Workspaces are sized for the plan before it is made; each stream has its own.
 - Groups without pages or rows never reach a kernel, and no row is merged with a part that nothing computed.
-- Query and cache dtypes, page sizes and layouts come from the manager. Positions are the caller's: keys are written
-  with theirs, and no kernel is asked for position encodings or sliding windows, which levels would get wrong.
+- Query and cache dtypes, page sizes and layouts come from the manager. Positions are the caller's: no kernel is asked
+  for position encodings or sliding windows, which levels would get wrong.
+- fa3 is compiled with a barrier that flashinfer's own lacks (`seqattn.attention.fa3_sources`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import torch
 from seqattn.append import side_by_side
 from seqattn.attention.calls import KernelCall, Work, is_next, next_work, work_of
 from seqattn.attention.choice import choose, own_of, what_matters
+from seqattn.attention.fa3_sources import sound_costs
 from seqattn.attention.prepared import Form, Prepared, Scratch, scratch_for
 from seqattn.attention.streams import Streams
 from seqattn.attention.views import Spans
@@ -95,18 +97,16 @@ class FlashInferBackend:
         reason = why_not(manager)
         if reason is not None:
             raise TensorError(f"backend 'flashinfer' cannot be used: {reason}; use backend='torch'")
-        self.manager = manager
-        self.device = manager.device
+        self.manager, self.device = manager, manager.device
         self._index = self.device.index
         self.num_qo_heads = num_qo_heads
         self.heads_each = num_qo_heads // manager.num_heads
-        self.sm_scale = sm_scale
-        self.logits_soft_cap = logits_soft_cap
+        self.sm_scale, self.logits_soft_cap = sm_scale, logits_soft_cap
         self.overlap = True
         properties = torch.cuda.get_device_properties(self.device)
         self.num_processors = properties.multi_processor_count
         self.heads = Heads(num_qo_heads, manager.num_heads, manager.head_dim, manager.dtype.itemsize)
-        self.costs = constants_for(Chip.of(properties))
+        self.costs = sound_costs(constants_for(Chip.of(properties)))
         self.form = Form(num_qo_heads, manager.num_heads, manager.head_dim, manager.dtype, self.device)
         workspaces: dict[int, torch.Tensor] = {}
         self.sets = tuple(WrapperSet(manager, num_qo_heads, self.num_processors, workspaces) for _ in range(2))
