@@ -34,39 +34,79 @@ def recorded(name: str) -> list[dict[str, Any]]:
 #: shapes of the design and some drawn from seeds: prompts in one piece, sequences of different lengths, pages scattered
 NAMES = (
     "", "_seed41", "_ragged", "_scattered", "_seed11", "_seed23", "_seed37", "_seed53", "_ragged59", "_seed61",
+    "_uneven", "_uneven71", "_seed83", "_uneven79", "_seed89", "_uneven97",
 )  # fmt: skip
 ROWS = [row for name in NAMES for row in recorded(name)]
 #: the planner may lose 5 % at most, but here: where it loses more the difference is of a few microseconds, or it is
 #: named with what it loses
 LOSSES = {
-    "(1, 5664, 2, 2640, 320) for 16": 0.08,
-    "(32, 16384, 512)": 0.07,
-    "(4, 6416, 8, 160, 128) for 128": 0.07,
-    "(1, 16384, 32, 2048, 128) for 256_scattered": 0.06,
-    "(4, 944, 16, 1552, 80) for 256": 0.06,
-    "(2, 8544, 8, 1632, 96) for 64": 0.07,
-    "(16, 2688, 256)": 0.06,
-    "(16, 2464, 352)": 0.08,
-    "(128, 14800, 1840)": 0.1,
-    "(1, 21232, 2, 496, 416) for 128": 0.17,  # levels are chosen as if no prompt lay in one piece
-    "(4, 3904, 2, 960, 240) for 16": 0.07,
-    # of the seed that the constants were not fitted to
-    "(4, 8272, 2, 1568, 80) for 64": 0.17,
-    "(1, 2928, 4, 304, 128) for 128": 0.14,
-    "(1, 13424, 4, 128, 432) for 512": 0.13,
-    "(8, 4912, 576)": 0.06,
+    "(32, 16384, 512)_ragged": 0.06,
+    "(2, 32112, 4, 1184, 64) for 256_seed11": 0.08,
+    "(1, 5664, 2, 2640, 320) for 16_seed23": 0.08,
+    "(4, 6416, 8, 160, 128) for 128_seed37": 0.07,
+    "(8, 4224, 1776)_seed37": 0.08,
+    "(2, 6336, 16, 832, 960) for 64_seed53": 0.07,
+    "(2, 6272, 2, 272, 480) for 128_seed53": 0.16,
+    "(4, 944, 16, 1552, 80) for 256_seed53": 0.07,
+    "(16, 2464, 352)_ragged59": 0.08,
+    "(128, 9008, 1536)_ragged59": 0.08,
+    "(4, 4768, 4, 528, 64) for 32_ragged59": 0.06,
+    "(4, 3904, 2, 960, 240) for 16_ragged59": 0.07,
+    "(1, 2928, 4, 304, 128) for 128_seed61": 0.14,
+    "(8, 4912, 576)_seed61": 0.07,
+    "(4, 8272, 2, 1568, 80) for 64_seed61": 0.17,
+    "(1, 26848, 4, 1664, 1104) for 16_uneven71": 0.06,
+    "(16, 2064, 2496)_uneven71": 0.09,
+    "(16, 14992, 3360)_uneven71": 0.06,
+    "(64, 112, 64)_uneven71": 0.08,
+    # of seeds that the constants were not fitted to
+    "(4, 832, 8, 240, 128) for 64_seed83": 0.11,
+    "(256, 7744, 176)_seed83": 0.09,
+    "(16, 9664, 80)_seed83": 0.22,
+    "(128, 6400, 256)_seed83": 0.11,
+    "(4, 6592, 2, 656, 96) for 64_seed83": 0.06,
+    "(1, 18704, 8, 9952, 704) for 32_uneven79": 0.07,
+    "(1, 928, 16, 816, 1392) for 64_seed89": 0.17,
+    "(2, 656, 8, 9776, 112) for 256_seed89": 0.06,
+    "(16, 3792, 1568)_uneven97": 0.13,
+    "(4, 4512, 4, 2352, 2512) for 32_uneven97": 0.18,
 }
-#: levels may lose 2 % to plain attention, but here, on shapes of that seed
-SLOWER = {"(8, 4912, 576)": 0.07, "(2, 240, 8, 9952, 112) for 32": 0.03}
+#: levels may lose 2 % to plain attention, but here
+SLOWER = {
+    "(8, 4224, 1776)_seed37": 0.08,
+    "(8, 4912, 576)_seed61": 0.07,
+    "(16, 2064, 2496)_uneven71": 0.05,
+    "(64, 112, 64)_uneven71": 0.08,
+    # of seeds that the constants were not fitted to
+    "(1, 176, 2, 5888, 1488) for 8_seed89": 0.04,
+}
 #: predictions are within 24 % of what was measured, but here
 ERRORS = {
-    "(32, 16384, 512)": 0.26,
-    "(64, 0, 1024)": 0.26,
     "(512, 43872, 144)": 0.3,
-    "(32, 176, 3632)": 0.33,
-    "(1, 272, 2, 128, 64) for 8": 0.26,
-    "(8, 336, 96)": 0.26,
+    "(32, 16384, 512)_ragged": 0.26,
+    "(512, 43872, 144)_scattered": 0.28,
+    "(256, 35248, 576)_seed53": 0.26,
+    "(8, 336, 96)_ragged59": 0.28,
+    "(1, 272, 2, 128, 64) for 8_ragged59": 0.31,
+    "(16, 64, 128)_uneven71": 0.41,
+    "(64, 112, 64)_uneven71": 0.27,
+    # of seeds that the constants were not fitted to
+    "(256, 7744, 176)_seed83": 0.27,
+    "(16, 9664, 80)_seed83": 0.28,
+    "(32, 80, 64)_uneven79": 0.31,
 }
+#: steps that were recorded with earlier constants and lost more than 2 % to plain attention
+WERE_SLOWER = {
+    "(8, 4912, 576)_seed61": 0.07,
+    "(2, 240, 8, 9952, 112) for 32_seed61": 0.03,
+    "(64, 64, 160)_uneven71": 0.03,
+    "(64, 112, 64)_uneven71": 0.08,
+    "(1, 720, 2, 256, 2192) for 64_uneven79": 0.04,
+    "(32, 688, 64)_uneven79": 0.09,
+    "(32, 80, 64)_uneven79": 0.46,
+}
+#: recorded with fa3 as it comes with flashinfer, some results of which were wrong (`seqattn.attention.fa3_sources`)
+WERE_WRONG = {"(128, 16384, 256)": 0.45}
 
 
 class Recorded:
@@ -147,7 +187,7 @@ def of(limits: dict[str, float], row: dict[str, Any], usual: float) -> float:
 
 
 def test_few_shapes_were_measured_with_other_kernels() -> None:
-    assert (len(ROWS), len(SHAPES)) == (280, 262)
+    assert (len(ROWS), len(SHAPES)) == (424, 406)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.row["id"])
@@ -179,7 +219,17 @@ def test_the_planner_is_right_in_most_cases() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["id"])
 def test_the_recorded_steps_were_right_and_no_slower_than_others(row: dict[str, Any]) -> None:
     """Those of other kernels for short lists were slower than plain attention, by up to 78 %."""
-    assert row["error"] <= 1e-2
+    assert row["error"] <= max(1e-2, WERE_WRONG.get(row["id"], 0))
     assert row["ours_us"] <= row["cascade_us"] / 1.6
     if row["as_now"]:
-        assert row["ours_us"] <= (1 + of(SLOWER, row, 0.02)) * row["plain_us"]
+        assert row["ours_us"] <= (1 + WERE_SLOWER.get(row["id"], 0.02)) * row["plain_us"]
+
+
+def test_the_fixed_shapes_were_right_with_the_mended_kernel_and_took_as_long() -> None:
+    text = (ROOT / "benchmarks/results/gpu_attention_h200_mended.jsonl").read_text(encoding="utf-8")
+    about, *rows = map(json.loads, text.splitlines())
+    before = {row["name"]: row["ours_us"] for row in ROWS[: len(rows)]}
+    assert about["fa3"] == "with one barrier"
+    assert [row["name"] for row in rows] == list(before)
+    assert max(row["error"] for row in rows) <= 4e-3
+    assert statistics.median(row["ours_us"] / before[row["name"]] for row in rows) <= 1.01

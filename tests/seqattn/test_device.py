@@ -210,3 +210,29 @@ def test_a_choice_holds_for_a_few_steps_of_decoding() -> None:
     assert len(device.chosen) == 3, "nor is one that some sequences have joined"
     plan_of(model, 288, 8192, 1)
     assert len(device.chosen) == 4
+
+
+def step_us_of(device: Device, top: list[int], *, kernel: int) -> float:
+    """A step of one shared level of groups of 32 rows with so many tokens, by fa3 in so many slices or by fa2."""
+    own = groups(*[(1, 64)] * 128)
+    level = groups(*[(32, tokens) for tokens in top])
+    return float(predict([Measured(0, [level, own], [kernel], 1.0)], HEADS, device)[0])
+
+
+def test_short_lists_fill_up_what_a_last_round_of_equal_ones_leaves() -> None:
+    """Seventeen groups of eight KV heads are four blocks more than there are multiprocessors."""
+    device = Device()
+    fits, equal = step_us_of(device, [8192] * 16, kernel=1), step_us_of(device, [8192] * 17, kernel=1)
+    assert equal > 1.5 * fits, "two rounds"
+    unequal = step_us_of(device, [8192] + [4096] * 16, kernel=1)
+    assert unequal < 1.1 * step_us_of(device, [8192] + [4096] * 15, kernel=1)
+
+
+def test_a_list_that_outlasts_the_others_is_waited_for() -> None:
+    device, short = Device(), [(1, 256)] * 31
+    none, one = groups(*[(1, 256)] * 32), groups(*short, (1, 16384))
+    alone = device.step_us([one], HEADS) - device.step_us([none], HEADS)
+    assert alone > 16000 * device.decode.token_ns / 1e3, "no faster than a block computes"
+    top = groups((32, 8192))
+    beside = device.step_us([top, one], HEADS)
+    assert beside > 2 * 16384 * device.decode.token_ns / 1e3, "two blocks share a multiprocessor"
