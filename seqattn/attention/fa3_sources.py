@@ -7,7 +7,7 @@ both; so it may open when some have come twice:
     seven of eight warps   arrive  sync ──▶ seven and one have come: one of them goes on, and writes out as results
     the eighth             still writes     what the eighth has not written yet
 
-Seen on an H200, once in some thousands of steps of levels: one row's query heads of one KV head were wrong, by several
+Seen on an H200, in two of a thousand runs of one batch: a row's query heads of one KV head were wrong, by several
 times their size. flashinfer compiles the kernel when it is first needed, from sources that come with it. From here on
 it compiles a copy of them without the first of the two, under another name; its own files stay as they are.
 """
