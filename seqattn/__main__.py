@@ -145,8 +145,10 @@ def _measured(options: _Options, heads: Heads, chip: Chip) -> list[Measured]:
                 progress.advance(task)
                 return goes_on()
 
-            has_fa3 = chip.has_fa3 and why_fa3_cannot_be_used() is None
-            return measure(shapes, timer, has_fa3=has_fa3, on_batch=on_batch)
+            reason = why_fa3_cannot_be_used() if chip.has_fa3 else None
+            if reason is not None:
+                progress.console.print(f"fa3 is not measured: {reason}")
+            return measure(shapes, timer, has_fa3=chip.has_fa3 and reason is None, on_batch=on_batch)
 
 
 def _table(title: str, device: Device) -> Table:

@@ -192,8 +192,9 @@ def _what_matters(
     for first, stop, begin, end, parent in runs if alike is None else ():
         shared += (stop - first) * (end - begin)
         its += _rough(stop - first, _BITS_OF_RUN), begin, end, parent
-    has_one_row_each = rows_before.item(-1) == batch
-    rows = _rough(batch, _BITS) if has_one_row_each else rows_before.tobytes()
+    num_rows = rows_before.item(-1)
+    most_rows = 1 if num_rows == batch else int((rows_before[1:] - rows_before[:-1]).max())
+    rows = _rough(batch, _BITS), _rough(num_rows, _BITS), _rough(most_rows, _BITS_OF_RUN)
     # Of its own a sequence has a few tokens more at every step. Lengths that are the same in the mean may differ: one
     # sequence that is much longer than the others counts.
     own = (int(num_tokens.sum()) - page_size * shared) // (_STEPS_ALIKE * batch)

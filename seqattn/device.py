@@ -44,6 +44,13 @@ def positive_rate(model: object, attribute: Attribute[float], value: float) -> N
         raise BadValueError(f"{attribute.name} must be above 0: it divides")
 
 
+def share(model: object, attribute: Attribute[float], value: float) -> None:
+    """A validator of attrs: a number from 0 to 1."""
+    not_negative(model, attribute, value)
+    if value > 1:
+        raise BadValueError(f"{attribute.name} must be a share, from 0 to 1, not {value!r}")
+
+
 @define(slots=True, frozen=True)
 class KernelCost:
     """What a kernel costs; times are for a head_dim of 128.
@@ -113,7 +120,7 @@ class Device:
     gather_us: float = field(default=3.739, validator=not_negative)
     fa3_waits: float = field(default=0.6338, validator=not_negative)
     fa2_waits: float = field(default=0.305, validator=not_negative)
-    spread: float = field(default=0.2295, validator=not_negative)
+    spread: float = field(default=0.2295, validator=share)
     lower_waits: float = field(default=1.209, validator=not_negative)
     last_waits: float = field(default=0.4767, validator=not_negative)
     result_ns: float = field(default=0.09671, validator=not_negative)

@@ -39,6 +39,8 @@ _OF_DEVICE = (
 )  # fmt: skip
 #: fa3 splits nothing
 _UNUSED = {(kernel, name) for kernel in ("fa3", "fa3_in_line") for name in ("part_ns", "row_ns")}
+#: what a constant is at most
+_MOST = {"spread": 1.0}
 #: how much a constant is held near where it began
 _HELD = 0.2
 #: relative error from which on more counts less
@@ -146,7 +148,7 @@ def _get(device: Device, name: tuple[str, str]) -> float:
 
 
 def _with(device: Device, names: Sequence[tuple[str, str]], values: FloatArray) -> Device:
-    found = {name: float(value) for name, value in zip(names, values, strict=True)}
+    found = {name: float(min(value, _MOST.get(name[1], np.inf))) for name, value in zip(names, values, strict=True)}
     changes: dict[str, Any] = {field: value for (owner, field), value in found.items() if not owner}
     for kernel in _KERNELS:
         own = {field: value for (owner, field), value in found.items() if owner == kernel}

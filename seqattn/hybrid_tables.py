@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["HybridTables"]
 
 #: batches that are remembered: one that decodes, what it was before somebody joined, and one beside it
-_MOST_BATCHES = 3
+_MOST_BATCHES = 8
 #: one sequence in so many may have no mark yet for a known batch to be looked for that has the others
 _NEW = 8
 #: the cost model is asked again when the mean or the longest sequence has grown by so many tokens

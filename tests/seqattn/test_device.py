@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from seqattn.cost import CostModel, runs_that_pay
 from seqattn.device import Device, Groups, Heads, KernelCost
 from seqattn.errors import BadValueError
-from seqattn.fit import Measured, predict
+from seqattn.fit import Measured, _with, predict
 from seqattn.forest import build_forest
 from seqattn.groups import groups_of
 from seqattn.hybrid import pack_runs
@@ -236,3 +236,32 @@ def test_a_list_that_outlasts_the_others_is_waited_for() -> None:
     top = groups((32, 8192))
     beside = device.step_us([top, one], HEADS)
     assert beside > 2 * 16384 * device.decode.token_ns / 1e3, "two blocks share a multiprocessor"
+
+
+def test_own_tokens_count_where_the_longest_sequence_is_the_same() -> None:
+    device = Device()
+    model = CostModel.for_heads(32, 8, 128, 2, device=device)
+    tables = [np.array([*range(512), 10_000 + i], dtype=np.int32) for i in range(64)]
+    _, runs = build_forest(tables, [512] * 64)
+    for own in (16, 3000):
+        lens = np.array([8192 + own] * 63 + [8192 + 4000])
+        runs_that_pay(runs, np.arange(65), lens, 16, model)
+    assert len(device.chosen) == 2
+
+
+def test_batches_of_several_rows_are_remembered_too() -> None:
+    """Rows that differ a little from step to step, as those of speculative decoding, come to the same."""
+    device = Device()
+    model = CostModel.for_heads(32, 8, 128, 2, device=device)
+    tables = [np.array([*range(512), 10_000 + i], dtype=np.int32) for i in range(64)]
+    _, runs = build_forest(tables, [512] * 64)
+    for shift, count in ((0, 1), (1, 1), (9, 1), (None, 2)):
+        rows = np.full(64, 9) if shift is None else np.roll(np.arange(64) % 4 + 1, shift)
+        runs_that_pay(runs, np.concatenate(([0], np.cumsum(rows))), np.full(64, 8250), 16, model)
+        assert len(device.chosen) == count
+
+
+def test_a_share_is_at_most_one() -> None:
+    with pytest.raises(BadValueError, match=r"spread must be a share, from 0 to 1, not 1\.5"):
+        Device(spread=1.5)
+    assert _with(Device(), [("", "spread"), ("", "level_us")], np.array([3.0, 3.0])).spread == 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +13,16 @@ import pytest
 from attrs import evolve
 
 from seqattn.attention import fa3_sources
-from seqattn.attention.fa3_sources import copied_without_it, mended, sound_costs, why_fa3_cannot_be_used, without_it
+from seqattn.attention.fa3_sources import (
+    copied_without_it,
+    has_it,
+    mended,
+    sound_costs,
+    why_fa3_cannot_be_used,
+    without_it,
+)
 from seqattn.device import Device
+from seqattn.errors import SeqAttnError
 
 BARRIER = """(NUM_MMA_THREADS,
                                     cutlass::arch::ReservedNamedBarriers::EpilogueBarrier);
@@ -35,12 +44,19 @@ class Spec:
     extra_include_dirs: list[Path] | None = None
     flags: list[str] = field(default_factory=list)
 
+    def build_and_load(self) -> str:
+        """What is compiled."""
+        if "-broken" in self.flags:
+            raise RuntimeError("Ninja build failed.")
+        return self.name
+
 
 class Installed:
     """A flashinfer to be imported, with these headers and a compiler."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, epilogue: str | None = FLAWED) -> None:
         self.include, self.generated, self.num_cleared = folder / "include", folder / "cache" / "generated", 0
+        self.flags = ["-O3"]
         header = self.include / EPILOGUE
         header.parent.mkdir(parents=True)
         (self.include / "flashinfer/math.cuh").write_text("#pragma once\n")
@@ -64,13 +80,11 @@ class Installed:
         self.prefill = modules["flashinfer.prefill"]
         self.prefill.gen_batch_prefill_module = self.generate
         self.prefill.get_batch_prefill_module = self
-        for name in ("FLASHINFER_DISABLE_JIT", "FLASHINFER_NVCC"):
+        for name in ("FLASHINFER_DISABLE_JIT", "FLASHINFER_NVCC", "SEQATTN_FA3"):
             monkeypatch.delenv(name, raising=False)
-        why_fa3_cannot_be_used.cache_clear()
-        monkeypatch.setattr(fa3_sources, "why_fa3_cannot_be_used", why_fa3_cannot_be_used.__wrapped__)
 
     def generate(self, backend: str, *_args: object, **options: object) -> Spec:
-        return Spec(f"prefill_{backend}", [Path("/mine")] if options.get("more") else None, ["-O3"])
+        return Spec(f"prefill_{backend}", [Path("/mine")] if options.get("more") else None, self.flags)
 
     def cache_clear(self) -> None:
         self.num_cleared += 1
@@ -90,12 +104,34 @@ def test_the_first_of_the_two_is_left_out_and_nothing_else() -> None:
     "text", [SOUND, FLAWED.replace(SECOND, ""), FLAWED + FIRST, FLAWED + SECOND, ""],
     ids=["sound", "no second", "two firsts", "two seconds", "empty"],
 )  # fmt: skip
-def test_a_file_that_is_another_by_now_is_left_alone(text: str) -> None:
+def test_a_file_that_is_another_by_now_is_not_changed(text: str) -> None:
     assert without_it(text) is None
 
 
+@pytest.mark.parametrize(
+    "text", [FLAWED, FLAWED.replace("cutlass::arch::", ""), FLAWED.replace("::arrive(", "::arrive ( "), FLAWED + FIRST]
+)
+def test_the_mistake_is_seen_however_it_is_written(text: str) -> None:
+    assert has_it(text)
+
+
+@pytest.mark.parametrize(
+    "text", [SOUND, FLAWED.replace(FIRST, "//" + FIRST.replace("\n", " ")), FLAWED.replace(FIRST, f"/*{FIRST}*/"),
+             FLAWED.replace("arrive(NUM_MMA_THREADS,\n", "arrive(NUM_MMA_THREADS + 32,\n")],
+    ids=["sound", "a comment", "a long comment", "for a warp more"],
+)  # fmt: skip
+def test_files_without_it_are_told_from_those(text: str) -> None:
+    assert not has_it(text)
+
+
+def test_a_file_with_it_that_is_not_known_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = Installed(tmp_path, monkeypatch, FLAWED + FIRST)
+    assert str(why_fa3_cannot_be_used()).endswith("epilogue.cuh is not one of those that are known")
+    assert installed.prefill.gen_batch_prefill_module == installed.generate
+
+
 def test_fa3_is_compiled_from_the_copy_and_all_else_as_before(installed: Installed) -> None:
-    assert fa3_sources.why_fa3_cannot_be_used() is None
+    assert why_fa3_cannot_be_used() is None
     assert installed.num_cleared == 1, "who had asked for fa3 before asks again"
     generate = installed.prefill.gen_batch_prefill_module
     assert generate("fa2", 1) == Spec("prefill_fa2", None, ["-O3"])
@@ -135,7 +171,7 @@ def test_a_copy_that_another_process_has_made_meanwhile_is_taken(
 def test_sound_sources_are_left_to_flashinfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = Installed(tmp_path, monkeypatch, SOUND)
     monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
-    assert fa3_sources.why_fa3_cannot_be_used() is None
+    assert why_fa3_cannot_be_used() is None
     assert installed.prefill.gen_batch_prefill_module == installed.generate
     assert installed.num_cleared == 0
     assert not installed.generated.exists()
@@ -187,3 +223,37 @@ def test_its_options_reach_the_function_that_it_stands_for() -> None:
 
     assert mended(generate, Path("/headers"))("fa3", 1, 2, more=3).extra_include_dirs == [Path("/headers")]
     assert seen == [("fa3", 1, 2, {"more": 3})]
+
+
+def test_it_is_done_once(installed: Installed) -> None:
+    assert why_fa3_cannot_be_used() is None
+    assert why_fa3_cannot_be_used() is None
+    assert installed.prefill.gen_batch_prefill_module("fa3").name == "prefill_fa3_one_barrier"
+    assert installed.num_cleared == 1
+
+
+def test_what_cannot_be_compiled_says_how_to_go_on(installed: Installed) -> None:
+    assert why_fa3_cannot_be_used() is None
+    generate = installed.prefill.gen_batch_prefill_module
+    assert generate("fa3").build_and_load() == "prefill_fa3_one_barrier"
+    installed.flags = ["-broken"]
+    with pytest.raises(SeqAttnError, match=r"Ninja build failed\..*SEQATTN_FA3=off"):
+        generate("fa3").build_and_load()
+    with pytest.raises(RuntimeError, match="Ninja"):
+        generate("fa2").build_and_load()
+
+
+def test_a_flashinfer_that_is_built_in_another_way_is_named(installed: Installed) -> None:
+    del installed.prefill.get_batch_prefill_module
+    assert "get_batch_prefill_module" in str(why_fa3_cannot_be_used())
+    assert installed.prefill.gen_batch_prefill_module == installed.generate, "nothing is half done"
+    with pytest.raises(SeqAttnError, match="describes fa3 by a object"):
+        mended(lambda *_: object(), Path("/headers"))("fa3")
+
+
+def test_fa3_can_be_turned_off(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQATTN_FA3", "off")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not sound_costs(Device()).has_fa3
+    assert installed.prefill.gen_batch_prefill_module == installed.generate

@@ -178,12 +178,12 @@ def test_memory_is_bounded_and_no_ended_sequence_is_kept() -> None:
     descriptor, ids, _ = family(12)
     data = descriptor.data_of(0)
     before = sys.getrefcount(data), sys.getrefcount(data.table)
-    for i in range(8):
+    for i in range(12):
         descriptor.pack_hybrid_for_flashinfer(ids[i:] + ids[:i])
     after = sys.getrefcount(data), sys.getrefcount(data.table)
     assert after == before
     assert descriptor._hybrid is not None
-    assert len(descriptor._hybrid._known) == 3
+    assert len(descriptor._hybrid._known) == 8
 
 
 # -- what must not be taken for a known batch --------------------------------------------------------------------------
