@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from radix.running import Running
 from radix.tokens import TOKEN_BYTES
 from seqattn.errors import LengthError
+from seqattn.growth import Growth
 
 if TYPE_CHECKING:
     from radix.state import State
@@ -48,11 +49,11 @@ def extend_all(state: State, seq_ids: Sequence[Hashable], keys: Sequence[bytes])
 def _grow_all(state: State, seq_ids: Sequence[Hashable], keys: Sequence[bytes]) -> None:
     """`extend_all` for any number of tokens."""
     descriptor, reserve = state.descriptor, state.reserve
-    growth = descriptor.plan_growth(seq_ids, [len(key) // TOKEN_BYTES for key in keys])
+    growth = Growth.planned(descriptor, seq_ids, [len(key) // TOKEN_BYTES for key in keys])
     reservation = reserve.reserve(growth.num_pages)
     if growth.copy_ids:
         try:
-            descriptor.copy_for(growth, reservation.pages)
+            growth.copy(reservation.pages)
         except BaseException:
             reserve.cancel(reservation)
             raise
@@ -60,7 +61,7 @@ def _grow_all(state: State, seq_ids: Sequence[Hashable], keys: Sequence[bytes]) 
             run = state.running[seq_id]
             let_go_after(state, run, run.num_pages - 1)
         state.stats.num_forked_pages += len(growth.copy_ids)
-    descriptor.grow(growth, reservation.pages)
+    growth.write(reservation.pages)
     if reservation.victims:
         counted = zip(seq_ids, growth.num_new_pages, strict=True)
         reserve.commit(reservation, "extend", [s for s, count in counted if count or s in growth.copy_ids])

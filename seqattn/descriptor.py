@@ -31,6 +31,7 @@ from seqattn.errors import (
     UnknownSequenceError,
 )
 from seqattn.flat_tables import FlatTables, as_int32
+from seqattn.growth import Growth
 from seqattn.page_lists import concatenate, has_twice
 from seqattn.pages import PageAllocator
 from seqattn.sequence import SequenceData
@@ -42,19 +43,6 @@ if TYPE_CHECKING:
     from seqattn.pages import PageArray, PageList
 
 __all__ = ["CacheDescriptor", "SequenceData"]
-
-
-@define(slots=True)
-class Growth:
-    """What it takes to add tokens to sequences: `num_pages` pages, the first `len(copy_src)` of them copies."""
-
-    seq_ids: Sequence[Hashable]
-    num_new_pages: list[int]
-    last_page_lens: list[int]
-    copy_ids: list[Hashable]  # sequences whose last page is shared and partly filled
-    copy_src: list[int]
-    copy_slots: list[int]
-    num_pages: int
 
 
 @define(slots=True)
@@ -123,14 +111,14 @@ class CacheDescriptor:
 
         All or nothing. A last page that is shared and partly filled is copied first.
         """
-        growth = self.plan_growth(seq_ids, seq_new_lens)
+        growth = Growth.planned(self, seq_ids, seq_new_lens)
         pages = self.cache_manager.take(growth.num_pages)
         try:
-            self.copy_for(growth, pages)
+            growth.copy(pages)
         except BaseException:
             self.cache_manager.drop(pages)
             raise
-        self.grow(growth, pages)
+        growth.write(pages)
 
     def allocate_decoding(self, seq_ids: Sequence[Hashable]) -> None:
         """Adds one token to each of these running sequences; `allocate` otherwise.
@@ -149,55 +137,6 @@ class CacheDescriptor:
         """
         self.data_of(seq_id)
         self.allocate([seq_id], [num_tokens])
-
-    def plan_growth(self, seq_ids: Sequence[Hashable], seq_new_lens: Sequence[int]) -> Growth:
-        """What `allocate` would need; changes nothing and raises what it raises, but for NoPageError."""
-        if len(seq_ids) != len(seq_new_lens):
-            raise LengthError(f"{len(seq_ids)} sequence ids but {len(seq_new_lens)} lengths")
-        self.refuse_twice(seq_ids)
-        page_size, ref_count = self.cache_manager.page_size, self.cache_manager.ref_count
-        growth = Growth(seq_ids, [], [], [], [], [], 0)
-        for seq_id, new_len in zip(seq_ids, seq_new_lens, strict=True):
-            if type(new_len) is not int or new_len < 1:
-                as_count(f"the length to add to sequence {seq_id!r}", new_len, 1)
-            data = self.seq_id_to_data.get(seq_id)
-            used = 0 if data is None else data.last_page_len
-            if data is not None and 0 < used < page_size and ref_count.item(data.last_page) > 1:
-                growth.copy_ids.append(seq_id)
-                growth.copy_src.append(data.last_page)
-                growth.copy_slots.append(used)
-            full, last = divmod(used + new_len - 1, page_size)
-            full += not used
-            growth.num_new_pages.append(full)
-            growth.last_page_lens.append(last + 1)
-            growth.num_pages += full
-        growth.num_pages += len(growth.copy_ids)
-        return growth
-
-    def copy_for(self, growth: Growth, pages: PageArray) -> None:
-        """Copies the shared last pages to the first of `pages`; what may fail, fails here."""
-        if growth.copy_ids:
-            dst = pages[: len(growth.copy_ids)].tolist()
-            self.cache_manager.copy_page_slots(growth.copy_src, dst, growth.copy_slots)
-
-    def grow(self, growth: Growth, pages: PageArray) -> None:
-        """Writes the tables; cannot fail. Takes over one reference to each of `pages`, int32 [growth.num_pages]."""
-        at = len(growth.copy_ids)
-        if at:
-            for seq_id, src, dst in zip(growth.copy_ids, growth.copy_src, pages[:at].tolist(), strict=True):
-                self.seq_id_to_data[seq_id].write_last(dst)
-                self.cache_manager.drop(np.array([src], dtype=np.int32))
-            self.note_rewrite()
-        elif growth.num_pages:
-            self.tables_version += 1
-        for seq_id, count, last in zip(growth.seq_ids, growth.num_new_pages, growth.last_page_lens, strict=True):
-            data = self.seq_id_to_data.get(seq_id)
-            if data is None:
-                data = self.seq_id_to_data[seq_id] = SequenceData((), 0)
-            if count:
-                data.append(pages[at : at + count])
-                at += count
-            data.last_page_len = last
 
     # -- sharing ------------------------------------------------------------------------------------------------------
 

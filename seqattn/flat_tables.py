@@ -21,6 +21,7 @@ import numpy as np
 from attrs import define
 
 from seqattn.buffers import Buffers
+from seqattn.page_lists import indptr_of
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +95,7 @@ class FlatTables:
 
     def joined(self, tables: Sequence[PageArray]) -> tuple[torch.Tensor, torch.Tensor]:
         """Any tables back to back, int32 [total], and where each begins, int32 [batch + 1]."""
-        indptr = _summed([len(table) for table in tables])
+        indptr = indptr_of(as_int32([len(table) for table in tables]))
         return _as_tensors(self._joined(tables, indptr), indptr)
 
     def _moved(self, found: Sequence[SequenceData]) -> tuple[PageArray, PageArray] | None:
@@ -149,14 +150,7 @@ def _grow(memory: PageArray, old: PageArray, new: PageArray, found: Sequence[Seq
 
 
 def _indptr(found: Sequence[SequenceData]) -> PageArray:
-    return _summed([data.num_pages for data in found])
-
-
-def _summed(lens: list[int]) -> PageArray:
-    """Where each of so many begins, and the end: int32 [len + 1]."""
-    indptr = np.zeros(len(lens) + 1, dtype=np.int32)
-    np.cumsum(as_int32(lens), out=indptr[1:])
-    return indptr
+    return indptr_of(as_int32([data.num_pages for data in found]))
 
 
 def as_int32(values: list[int]) -> PageArray:

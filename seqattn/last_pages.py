@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from seqattn.buffers import Buffers
+from seqattn.page_lists import indptr_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -37,7 +38,7 @@ class LastPages:
             begins: pages of each in the levels above, int64 [batch].
             counts: pages of each, int64 [batch].
         """
-        indptr = _indptr(counts - begins)
+        indptr = indptr_of(counts - begins)
         indices = self._buffers.take(indptr.item(-1))
         if tables:
             own = [table[begin:] for table, begin in zip(tables, begins.tolist(), strict=True)]
@@ -66,7 +67,7 @@ class LastPages:
         changed = np.flatnonzero(counts != old_counts)
         if len(changed) * _MOVED > len(counts) or (counts[changed] < old_counts[changed]).any():
             return self.collected([tables[i] for i in places.tolist()], begins, counts)
-        indptr, before, source = _indptr(counts - begins), old[0].numpy(), old[1].numpy()
+        indptr, before, source = indptr_of(counts - begins), old[0].numpy(), old[1].numpy()
         memory, at = self._buffers.take(indptr.item(-1)), 0
         for i in changed.tolist():
             end, stop, added = before.item(i + 1), indptr.item(i + 1), counts.item(i) - old_counts.item(i)
@@ -75,10 +76,3 @@ class LastPages:
             at = end
         memory[len(memory) - (len(source) - at) :] = source[at:]
         return torch.from_numpy(indptr), torch.from_numpy(memory)
-
-
-def _indptr(counts: Int64Array) -> PageArray:
-    """Where each of so many begins, and the end: int32 [batch + 1]."""
-    indptr = np.zeros(len(counts) + 1, dtype=np.int32)
-    np.cumsum(counts, out=indptr[1:])
-    return indptr

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from seqattn.packed import HybridLevel
-from seqattn.page_lists import concatenate
+from seqattn.page_lists import concatenate, indptr_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -92,7 +92,5 @@ def summed(rows: Int64Array) -> Int64Array:
 
 def level(qo_indptr: Int64Array, num_pages: npt.NDArray[np.int32], pages: PageArray, last: Int64Array) -> HybridLevel:
     """A level of groups that begin at these rows and have so many pages each, and tokens in their last ones."""
-    kv_page_indptr = np.zeros(len(num_pages) + 1, dtype=np.int32)
-    np.cumsum(num_pages, out=kv_page_indptr[1:])
-    parts = (qo_indptr.astype(np.int32), kv_page_indptr, pages, last.astype(np.int32))
+    parts = (qo_indptr.astype(np.int32), indptr_of(num_pages), pages, last.astype(np.int32))
     return HybridLevel.trusted(*(torch.from_numpy(part) for part in parts))

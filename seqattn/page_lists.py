@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from seqattn.pages import PageArray
 
-__all__ = ["concatenate", "has_twice", "unique"]
+__all__ = ["concatenate", "has_twice", "indptr_of", "unique"]
 
 
 def unique(pages: PageArray) -> PageArray:
@@ -33,3 +35,10 @@ def concatenate(parts: Iterable[PageArray]) -> PageArray:
     """One int32 array of all parts; an empty one for none."""
     parts = list(parts)
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+
+
+def indptr_of(counts: npt.NDArray[np.integer]) -> PageArray:
+    """Where each of lists of so many entries begins, back to back, and where the last ends: int32 [lists + 1]."""
+    indptr = np.zeros(len(counts) + 1, dtype=np.int32)
+    np.cumsum(counts, out=indptr[1:])
+    return indptr

@@ -154,7 +154,7 @@ def _beside(device: Device, call: Values, others: tuple[Value, Value], waits: fl
     """
     held, until = others
     halves = 2 * device.num_processors
-    _, _, _, wave, _, _, _, blocks, computing, reading, mix, flow, longest = call
+    body, _, _, wave, _, _, _, blocks, computing, reading, mix, flow, longest = call
     free, waves = by.maximum(halves - held, 1), flow / wave
     room = free / halves
     slow = ((computing / waves) ** mix + (reading / waves * room**device.spread) ** mix) ** (1 / mix)
@@ -163,4 +163,5 @@ def _beside(device: Device, call: Values, others: tuple[Value, Value], waits: fl
     # The same in whole waves: a few blocks that found no room may take a wave more.
     left = by.maximum(blocks - free * by.floor(until / slow), 0)
     whole = by.minimum(until + by.ceil(left / halves) * wave, by.ceil(blocks / free) * slow)
-    return by.maximum(flowing + waits * by.maximum(whole - flowing, 0), longest)
+    # No faster than alone.
+    return by.maximum(flowing + waits * by.maximum(whole - flowing, 0), by.maximum(longest, body))

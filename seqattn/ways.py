@@ -174,7 +174,7 @@ class Ways:
             halves = 2 * self.device.num_processors
             self._paces[held] = pace = (max(halves - held, 1) / halves) ** (1 - self.device.spread)
         flow = call[11]
-        return max(until * (1 - pace) + flow if until * pace < flow else flow / pace, call[12])
+        return max(until * (1 - pace) + flow if until * pace < flow else flow / pace, call[12], call[0])
 
 
 def best_slices(device: Device, heads: Heads, shared: Sequence[Groups], last: Groups) -> tuple[float, list[int]] | None:

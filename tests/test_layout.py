@@ -54,6 +54,7 @@ ORDER = [
     "seqattn/last_pages.py",
     "seqattn/known_forest.py",
     "seqattn/hybrid_tables.py",
+    "seqattn/growth.py",
     "seqattn/descriptor.py",
     "seqattn/attention/plan.py",
     "seqattn/attention/torch_backend.py",

@@ -29,6 +29,7 @@ import numpy as np
 from attrs import define, field
 
 from seqattn.load import is_long
+from seqattn.page_lists import indptr_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,7 +177,7 @@ def next_work(work: Work, plan: BatchPlan) -> Work:
     if plan.rows is not None:
         groups = np.argsort(plan.rows)
         pages = pages[_ranges(indptr[groups], indptr[groups + 1])]
-        indptr, last = _indptr(level.page_lens[groups]), last[groups]
+        indptr, last = indptr_of(level.page_lens[groups]), last[groups]
     *shared, old = work.calls
     how = (old.causal, old.by_group, old.first_query, old.first_part, old.num_rows)
     # Both batches have a row each; the tensors of the earlier one may hold something else by now.
@@ -216,12 +217,12 @@ class _Builder:
         by_group = choice.kernel == "fa3" and not is_last
         which, begin, end = _sliced(page_lens, groups, choice.slices if by_group else 1)
         lens = row_lens[which]
-        kv_page_indptr = _indptr(end - begin)
+        kv_page_indptr = indptr_of(end - begin)
         pages = level.kv_page_indices
         if kv_page_indptr[-1] != len(pages) or (groups[1:] < groups[:-1]).any():
             pages = pages[_ranges(level.kv_page_indptr[which] + begin, level.kv_page_indptr[which] + end)]
         last = np.where(end == page_lens[which], level.kv_last_page_len[which], self.page_size)
-        qo_indptr = _indptr(lens * (self.heads_each if by_group else 1))
+        qo_indptr = indptr_of(lens * (self.heads_each if by_group else 1))
         first = level.qo_indptr[which]
         tables = (qo_indptr, kv_page_indptr, pages, last.astype(np.int32))
         in_line = by_group and self.has_spans and level.in_line and is_long(int((end - begin).max()) * self.page_size)
@@ -265,7 +266,7 @@ class _Builder:
         return Work(
             tuple(self.calls),
             np.concatenate([none, *self.queries]).astype(np.int32),
-            _indptr(np.bincount(rows, minlength=len(self.rows))),
+            indptr_of(np.bincount(rows, minlength=len(self.rows))),
             codes[by_row].astype(np.int32),
             self.num_parts,
             direct=False,
@@ -292,9 +293,3 @@ def _ranges(begin: npt.NDArray[np.integer], end: npt.NDArray[np.integer]) -> Int
     before = np.cumsum(lens) - lens
     numbers: Int64Array = np.arange(int(lens.sum())) + np.repeat(begin - before, lens)
     return numbers
-
-
-def _indptr(lens: npt.NDArray[np.integer]) -> Int32Array:
-    indptr = np.zeros(len(lens) + 1, dtype=np.int32)
-    np.cumsum(lens, out=indptr[1:])
-    return indptr

@@ -35,7 +35,14 @@ if TYPE_CHECKING:
 
     from seqattn.device import Device
 
-__all__ = ["copied_without_it", "has_it", "mended", "sound_costs", "why_fa3_cannot_be_used", "without_it"]
+__all__ = [
+    "copy_mended",
+    "has_early_arrival",
+    "mended",
+    "sound_costs",
+    "why_fa3_cannot_be_used",
+    "without_early_arrival",
+]
 
 _EPILOGUE = Path("flashinfer/attention/hopper/epilogue.cuh")
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
@@ -75,12 +82,12 @@ def why_fa3_cannot_be_used() -> str | None:
     """
     with _LOCK:
         try:
-            return _see_to_it()
+            return _mend()
         except (AttributeError, ImportError, OSError, RuntimeError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
 
 
-def _see_to_it() -> str | None:
+def _mend() -> str | None:
     """See `why_fa3_cannot_be_used`; what it raises is a reason too, and nothing is done then."""
     import flashinfer.jit.cpp_ext
     import flashinfer.prefill
@@ -91,35 +98,33 @@ def _see_to_it() -> str | None:
         return None
     include = Path(jit.env.FLASHINFER_INCLUDE_DIR)
     text = (include / _EPILOGUE).read_text(encoding="utf-8")
-    if not has_it(text):
+    if not has_early_arrival(text):
         return None
-    if without_it(text) is None:
+    if without_early_arrival(text) is None:
         return f"{include / _EPILOGUE} is not one of those that are known"
     if os.environ.get("FLASHINFER_DISABLE_JIT"):
         return "FLASHINFER_DISABLE_JIT is set"
     compiler = Path(os.environ.get("FLASHINFER_NVCC") or Path(jit.cpp_ext.get_cuda_path(), "bin", "nvcc"))
     if shutil.which(compiler) is None:
         return f"there is no compiler at {compiler}"
-    prefill.gen_batch_prefill_module = mended(
-        generate, copied_without_it(include, Path(jit.env.FLASHINFER_GEN_SRC_DIR))
-    )
+    prefill.gen_batch_prefill_module = mended(generate, copy_mended(include, Path(jit.env.FLASHINFER_GEN_SRC_DIR)))
     forget()  # it may have been asked for fa3 before
     return None
 
 
-def has_it(text: str) -> bool:
+def has_early_arrival(text: str) -> bool:
     """Whether all threads arrive at the barrier before they wait there, comments aside."""
     return _FIRST.search(_COMMENT.sub("", text)) is not None
 
 
-def without_it(text: str) -> str | None:
+def without_early_arrival(text: str) -> str | None:
     """The file without the first of the two; None if it has not both, once each."""
     if len(_FIRST.findall(text)) != 1 or len(_SECOND.findall(text)) != 1:
         return None
     return _FIRST.sub("", text)
 
 
-def copied_without_it(include: Path, folder: Path) -> Path:
+def copy_mended(include: Path, folder: Path) -> Path:
     """A copy of flashinfer's headers in a folder, with the one file changed; made once for what is in them.
 
     Args:
@@ -129,7 +134,7 @@ def copied_without_it(include: Path, folder: Path) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    changed = without_it((include / _EPILOGUE).read_text(encoding="utf-8"))
+    changed = without_early_arrival((include / _EPILOGUE).read_text(encoding="utf-8"))
     assert changed is not None
     digest = sha256(str(include).encode())
     for header in sorted(path for path in (include / "flashinfer").rglob("*") if path.is_file()):

@@ -17,6 +17,7 @@ from attrs import define, evolve
 from seqattn.errors import LengthError, PageError, TensorError
 from seqattn.indptr import group_lengths, to_numpy
 from seqattn.packed import FlashInferHybridData, FlashInferPackedData, HybridLevel
+from seqattn.page_lists import indptr_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -173,8 +174,7 @@ def _plain_level(packed: FlashInferPackedData, query_lens: Sequence[int] | None)
     if query_lens is None:
         qo_indptr = np.arange(packed.num_sequences + 1, dtype=np.int32)
     else:
-        qo_indptr = np.zeros(packed.num_sequences + 1, dtype=np.int32)
-        np.cumsum(_query_lens(query_lens, packed.num_sequences), out=qo_indptr[1:])
+        qo_indptr = indptr_of(_query_lens(query_lens, packed.num_sequences))
     tensors = (packed.kv_page_indptr, packed.kv_page_indices, packed.kv_last_page_len)
     return HybridLevel.trusted(torch.from_numpy(qo_indptr), *tensors)
 

@@ -60,7 +60,7 @@ def test_the_copy_is_what_is_compiled() -> None:
     """Or flashinfer's own files are sound by now, or nothing is compiled here."""
     from flashinfer.jit import env, gen_batch_prefill_module
 
-    from seqattn.attention.fa3_sources import without_it
+    from seqattn.attention.fa3_sources import without_early_arrival
 
     if why_fa3_cannot_be_used() is not None:
         pytest.skip("fa3 is not computed here")
@@ -68,11 +68,11 @@ def test_the_copy_is_what_is_compiled() -> None:
 
     epilogue = Path(env.FLASHINFER_INCLUDE_DIR, "flashinfer/attention/hopper/epilogue.cuh").read_text("utf-8")
     is_changed = flashinfer.prefill.gen_batch_prefill_module is not gen_batch_prefill_module
-    assert is_changed == (without_it(epilogue) is not None)
+    assert is_changed == (without_early_arrival(epilogue) is not None)
     bf16, options = torch.bfloat16, (0, False, False, False)
     for backend in ("fa2", "fa3"):
         spec = flashinfer.prefill.gen_batch_prefill_module(backend, bf16, bf16, bf16, torch.int32, 128, 128, *options)
         assert spec.name.endswith("_one_barrier") == (backend == "fa3" and is_changed)
         if is_changed and backend == "fa3":
             copied = Path(spec.extra_include_dirs[0], "flashinfer/attention/hopper/epilogue.cuh").read_text("utf-8")
-            assert copied == without_it(epilogue)
+            assert copied == without_early_arrival(epilogue)

@@ -19,6 +19,7 @@ from radix.plan import Plan
 from radix.tree import RadixTree
 from seqattn.descriptor import CacheDescriptor
 from seqattn.errors import NoPageError, SeqAttnError
+from seqattn.growth import Growth
 from seqattn.pages import PageAllocator
 from tests.radix.driver import LifeError, random_life
 
@@ -304,7 +305,7 @@ def the_tail_is_not_copied(patch: pytest.MonkeyPatch) -> None:
 
 @bug
 def a_cut_page_is_written_without_a_copy(patch: pytest.MonkeyPatch) -> None:
-    skipping(patch, CacheDescriptor, "copy_for")
+    skipping(patch, Growth, "copy")
 
 
 @bug

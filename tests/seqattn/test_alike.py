@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from attrs import evolve
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from seqattn.alike import AlikeRuns, AlikeSteps
@@ -91,6 +91,9 @@ devices = st.builds(
 
 
 @settings(max_examples=300)
+@example(
+    2, 3, 2, (1, 25), Heads(), evolve(Device(), level_us=0.0, spread=0.0, fa2_waits=0.0), 1
+)  # no faster than alone
 @given(few, few, st.integers(2, 12), pages, heads, devices, st.integers(1, 2000))
 def test_no_way_is_left_out_that_could_be_the_fastest(
     num_systems: int, num_documents: int, each: int, pages: tuple[int, int], heads: Heads, device: Device, own: int

@@ -14,12 +14,12 @@ from attrs import evolve
 
 from seqattn.attention import fa3_sources
 from seqattn.attention.fa3_sources import (
-    copied_without_it,
-    has_it,
+    copy_mended,
+    has_early_arrival,
     mended,
     sound_costs,
     why_fa3_cannot_be_used,
-    without_it,
+    without_early_arrival,
 )
 from seqattn.device import Device
 from seqattn.errors import SeqAttnError
@@ -96,8 +96,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installed:
 
 
 def test_the_first_of_the_two_is_left_out_and_nothing_else() -> None:
-    assert without_it(FLAWED) == SOUND
-    assert without_it(FLAWED.replace(FIRST, FIRST.replace(",\n" + 36 * " ", ", "))) == SOUND
+    assert without_early_arrival(FLAWED) == SOUND
+    assert without_early_arrival(FLAWED.replace(FIRST, FIRST.replace(",\n" + 36 * " ", ", "))) == SOUND
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,14 @@ def test_the_first_of_the_two_is_left_out_and_nothing_else() -> None:
     ids=["sound", "no second", "two firsts", "two seconds", "empty"],
 )  # fmt: skip
 def test_a_file_that_is_another_by_now_is_not_changed(text: str) -> None:
-    assert without_it(text) is None
+    assert without_early_arrival(text) is None
 
 
 @pytest.mark.parametrize(
     "text", [FLAWED, FLAWED.replace("cutlass::arch::", ""), FLAWED.replace("::arrive(", "::arrive ( "), FLAWED + FIRST]
 )
 def test_the_mistake_is_seen_however_it_is_written(text: str) -> None:
-    assert has_it(text)
+    assert has_early_arrival(text)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_the_mistake_is_seen_however_it_is_written(text: str) -> None:
     ids=["sound", "a comment", "a long comment", "for a warp more"],
 )  # fmt: skip
 def test_files_without_it_are_told_from_those(text: str) -> None:
-    assert not has_it(text)
+    assert not has_early_arrival(text)
 
 
 def test_a_file_with_it_that_is_not_known_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,13 +145,13 @@ def test_fa3_is_compiled_from_the_copy_and_all_else_as_before(installed: Install
 
 def test_the_copy_is_made_once_for_each_content(installed: Installed) -> None:
     folder = installed.generated
-    first = copied_without_it(installed.include, folder)
+    first = copy_mended(installed.include, folder)
     made = (first / EPILOGUE).stat().st_mtime_ns
-    assert copied_without_it(installed.include, folder) == first
+    assert copy_mended(installed.include, folder) == first
     assert (first / EPILOGUE).stat().st_mtime_ns == made
     (installed.include / EPILOGUE).chmod(0o644)
     (installed.include / EPILOGUE).write_text(FLAWED + "// newer\n")
-    assert copied_without_it(installed.include, folder) != first
+    assert copy_mended(installed.include, folder) != first
     assert len(list(folder.iterdir())) == 2, "nothing else is left there"
 
 
@@ -165,7 +165,7 @@ def test_a_copy_that_another_process_has_made_meanwhile_is_taken(
         raise FileExistsError(target)
 
     monkeypatch.setattr(Path, "rename", late)
-    assert (copied_without_it(installed.include, installed.generated) / EPILOGUE).read_text() == SOUND
+    assert (copy_mended(installed.include, installed.generated) / EPILOGUE).read_text() == SOUND
 
 
 def test_sound_sources_are_left_to_flashinfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 import sys
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from seqattn import CacheDescriptor, PageAllocator, UnknownSequenceError
+from tests.interrupts import interrupted
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from seqattn import FlashInferPackedData
 
 PAGE_SIZE = 4
@@ -74,32 +74,7 @@ def test_packs_are_right_through_random_lives_and_stay_as_they_are(seed: int) ->
         del packed
 
 
-class InterruptError(BaseException):
-    """As what Ctrl-C raises."""
-
-
-def interrupted(descriptor: CacheDescriptor, ids: list[int], line: int) -> bool:
-    """Packs, interrupted at the nth line of what packs; False if it has fewer."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, _arg: object) -> Any:  # noqa: ANN401  as sys.settrace has it
-        nonlocal count
-        if not frame.f_code.co_filename.endswith(("flat_tables.py", "buffers.py")):
-            return None
-        count += event == "line"
-        if count == line and event == "line":
-            raise InterruptError
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        descriptor.pack_for_flashinfer(ids)
-    except InterruptError:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
+FILES = ("flat_tables.py", "buffers.py")
 
 
 @pytest.mark.parametrize("is_moved", [False, True])
@@ -110,7 +85,7 @@ def test_a_pack_that_is_interrupted_leaves_nothing_wrong_behind(is_moved: bool) 
         if is_moved:
             descriptor.pack_for_flashinfer(ids)
             descriptor.allocate([3, 7], [PAGE_SIZE, 2 * PAGE_SIZE])
-        if not interrupted(descriptor, ids, line):
+        if not interrupted(partial(descriptor.pack_for_flashinfer, ids), line, FILES):
             break
         assert found(descriptor.pack_for_flashinfer(ids)) == truth(descriptor, ids), f"interrupted at line {line}"
         descriptor.allocate([5], [PAGE_SIZE])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from seqattn import (
     hybrid_tables,
     known_forest,
 )
+from tests.interrupts import interrupted
 from tests.seqattn.packs import Asked, Packs, count_forests, reuse_whatever_changes
 
 if TYPE_CHECKING:
-    from types import FrameType
+    pass
 
 PAGE_SIZE = 4
 ALL = CostModel(level_overhead_us=0.0, reread_bytes_per_s=4e12)
@@ -251,32 +253,7 @@ def test_a_table_that_was_cut_and_is_as_long_again_is_another(kept: int) -> None
 # -- interrupts --------------------------------------------------------------------------------------------------------
 
 
-class InterruptError(BaseException):
-    """As what Ctrl-C raises."""
-
-
-def interrupted(descriptor: CacheDescriptor, ids: list[int], line: int) -> bool:
-    """Packs, interrupted at the nth line of what packs; False if it has fewer."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, _arg: object) -> Any:  # noqa: ANN401  as sys.settrace has it
-        nonlocal count
-        if not frame.f_code.co_filename.endswith(("hybrid_tables.py", "known_forest.py", "buffers.py")):
-            return None
-        count += event == "line"
-        if count == line and event == "line":
-            raise InterruptError
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        descriptor.pack_hybrid_for_flashinfer(ids)
-    except InterruptError:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
+FILES = ("hybrid_tables.py", "known_forest.py", "buffers.py")
 
 
 @pytest.mark.parametrize("change", ["first", "grown", "joined"])
@@ -290,7 +267,7 @@ def test_a_pack_that_is_interrupted_leaves_nothing_wrong_behind(change: str) -> 
             descriptor.release([ids.pop()])
             descriptor.fork(2, 20)
             ids.append(20)
-        if not interrupted(descriptor, ids, line):
+        if not interrupted(partial(descriptor.pack_hybrid_for_flashinfer, ids), line, FILES):
             break
         packs.pack(ids, Asked())
         descriptor.allocate_decoding(ids)
