@@ -205,56 +205,42 @@ class _Builder:
         """Makes a level a call, unless nothing in it is to be read."""
         row_lens, page_lens = level.row_lens, level.page_lens
         used = (row_lens > 0) & (page_lens > 0)
-        groups = np.flatnonzero(used)
+        groups = used.nonzero()[0]
         if not len(groups):
             return
-        if len(groups) == len(used) and is_last and self.in_order:
-            tables = (level.qo_indptr, level.kv_page_indptr, level.kv_page_indices, level.kv_last_page_len)
-            self._append(choice, tables, np.arange(len(self.rows)), causal=level.causal, by_group=False)
-            return
-        if choice.kernel == "decode":  # one row each: with the pages in the caller's order nothing is gathered
-            groups = groups[np.argsort(self.rows[level.qo_indptr[groups]])]
         by_group = choice.kernel == "fa3" and not is_last
-        which, begin, end = _sliced(page_lens, groups, choice.slices if by_group else 1)
-        lens = row_lens[which]
-        kv_page_indptr = indptr_of(end - begin)
-        pages = level.kv_page_indices
-        if kv_page_indptr[-1] != len(pages) or (groups[1:] < groups[:-1]).any():
-            pages = pages[_ranges(level.kv_page_indptr[which] + begin, level.kv_page_indptr[which] + end)]
-        last = np.where(end == page_lens[which], level.kv_last_page_len[which], self.page_size)
-        qo_indptr = indptr_of(lens * (self.heads_each if by_group else 1))
-        first = level.qo_indptr[which]
-        tables = (qo_indptr, kv_page_indptr, pages, last.astype(np.int32))
-        in_line = by_group and self.has_spans and level.in_line and is_long(int((end - begin).max()) * self.page_size)
+        slices = choice.slices if by_group else 1
+        rows, pages, each = self.rows, level.kv_page_indices, self.heads_each if by_group else 1
+        if len(groups) == len(used) and slices == 1 and (choice.kernel != "decode" or self.in_order):  # as it is
+            tables = (level.qo_indptr * np.int32(each), level.kv_page_indptr, pages, level.kv_last_page_len)
+        else:
+            if choice.kernel == "decode":  # one row each: with the pages in the caller's order nothing is gathered
+                groups = groups[np.argsort(rows[level.qo_indptr[groups]])]
+            which, begin, end = _sliced(page_lens, groups, slices)
+            lens, first, first_page = row_lens[which], level.qo_indptr[which], level.kv_page_indptr[which]
+            kv_page_indptr = indptr_of(end - begin)
+            if kv_page_indptr[-1] != len(pages) or (groups[1:] < groups[:-1]).any():
+                pages = pages[_ranges(first_page + begin, first_page + end)]
+            last = np.where(end == page_lens[which], level.kv_last_page_len[which], self.page_size)
+            tables = (indptr_of(lens * each), kv_page_indptr, pages, last.astype(np.int32))
+            rows = rows[_ranges(first, first + lens)]
+        longest = -(-int(page_lens.max()) // slices) * self.page_size
+        in_line = by_group and self.has_spans and is_long(longest) and level.in_line
         span = (int(pages[0]), len(pages)) if in_line else None
-        self._append(choice, tables, _ranges(first, first + lens), causal=level.causal, by_group=by_group, span=span)
+        queries, parts, num_rows = self._gather(rows, by_group=by_group), self.num_parts, len(rows)
+        call = KernelCall(choice.kernel, *tables, level.causal, by_group, queries, parts, num_rows, span)
+        self.calls.append(call)
+        self.num_parts += num_rows
+        self.parts.append((rows, np.arange(2 * parts + by_group, 2 * self.num_parts + by_group, 2)))
 
-    def _append(
-        self,
-        choice: Choice,
-        tables: Tables,
-        at: Int64Array,
-        *,
-        causal: bool,
-        by_group: bool,
-        span: tuple[int, int] | None = None,
-    ) -> None:
-        """A call with these tables, whose rows stand at `at` in group order."""
-        first = self._gather(at, by_group=by_group)
-        self.calls.append(
-            KernelCall(choice.kernel, *tables, causal, by_group, first, self.num_parts, len(at), span=span)
-        )
-        self.parts.append((self.rows[at], 2 * np.arange(self.num_parts, self.num_parts + len(at)) + by_group))
-        self.num_parts += len(at)
-
-    def _gather(self, at: Int64Array, *, by_group: bool) -> int | None:
-        """Notes the queries at these rows of the group order; None if they are the caller's as they are."""
-        rows = self.rows[at]
-        if len(at) == len(self.rows) and (not by_group or self.heads_each == 1) and (rows[1:] > rows[:-1]).all():
+    def _gather(self, rows: Int64Array, *, by_group: bool) -> int | None:
+        """Notes queries by their rows with the caller; None if they are the caller's as they are."""
+        is_theirs = len(rows) == len(self.rows) and (not by_group or self.heads_each == 1)
+        if is_theirs and (rows[1:] > rows[:-1]).all():
             return None
         self.queries.append(2 * rows + by_group)
-        self.num_queries += len(at)
-        return self.num_queries - len(at)
+        self.num_queries += len(rows)
+        return self.num_queries - len(rows)
 
     def work(self) -> Work:
         """What was added, with the parts of each row together."""

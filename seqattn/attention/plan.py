@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from attrs import define, evolve
+from attrs import define
 
 from seqattn.errors import LengthError, PageError, TensorError
 from seqattn.indptr import group_lengths, to_numpy
@@ -144,9 +144,8 @@ class Planner:
         is_int32 = all(tensor.dtype == torch.int32 for tensor in tensors)
         if is_int32 and i < len(self._shared) and self._shared[i][0] == key:
             return self._shared[i]
-        found = _level_plan(self._manager, level, causal=False)
-        names = ("qo_indptr", "kv_page_indptr", "kv_page_indices", "kv_last_page_len")
-        return key, evolve(found, **{name: getattr(found, name).copy() for name in names})
+        # Later packs may be made in the same memory.
+        return key, _level_plan(self._manager, level, causal=False, is_copied=True)
 
     def _kept_rows(
         self, data: FlashInferHybridData, last: LevelPlan, query_lens: Sequence[int] | None
@@ -202,8 +201,18 @@ def _caller_rows(data: FlashInferHybridData, last: LevelPlan, query_lens: Sequen
     return rows
 
 
-def _level_plan(manager: PagedKVCacheManager, level: HybridLevel, *, causal: bool, one_each: bool = False) -> LevelPlan:
-    """A level after its checks; `one_each` says that its rows are known to be one for each group."""
+def _level_plan(
+    manager: PagedKVCacheManager, level: HybridLevel, *, causal: bool, one_each: bool = False, is_copied: bool = False
+) -> LevelPlan:
+    """A level after its checks.
+
+    Args:
+        manager: the pages.
+        level: the level.
+        causal: as in `LevelPlan`.
+        one_each: its rows are known to be one for each group.
+        is_copied: the arrays share no memory with its tensors.
+    """
     page_size = manager.page_size
     tensors = (level.qo_indptr, level.kv_page_indptr, level.kv_page_indices, level.kv_last_page_len)
     if any(tensor.dtype != torch.int32 or tensor.ndim != 1 for tensor in tensors):
@@ -217,7 +226,10 @@ def _level_plan(manager: PagedKVCacheManager, level: HybridLevel, *, causal: boo
     if len(pages) and not pages.view(np.uint32).max() < manager.num_pages:
         level.validate(page_size)
         raise PageError(f"page {pages.max()} is not in [0, {manager.num_pages}): the batch belongs to another manager")
-    found = LevelPlan(qo_indptr, indptr, pages, last, page_size, causal, is_usual and one_each)
+    arrays = (qo_indptr, indptr, pages, last)
+    if is_copied:
+        arrays = (qo_indptr.copy(), indptr.copy(), pages.copy(), last.copy())
+    found = LevelPlan(*arrays, page_size, causal, is_usual and one_each)
     if causal and not found.decodes:
         _check_causal(found.row_lens, found.kv_lens)
     return found
