@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.cases import CLAIMS, GROUPS, Group
 from benchmarks.chat_report import chat_parts
 from benchmarks.command import sizes_of
-from benchmarks.gpu_report import draw_gpu, gpu_parts
+from benchmarks.gpu_report import draw_gpu, gpu_kept, gpu_parts
 from benchmarks.impls import IMPLS
 from benchmarks.peers import ROOT
 from benchmarks.plots import draw_all
@@ -119,7 +119,7 @@ def _score(rows: Sequence[Row]) -> str:
     run = [found for found in judged if found.ours]
     skipped = f"; {len(judged) - len(run)} more were not run" if len(run) < len(judged) else ""
     kept = f"{sum(found.is_met is True for found in run)} of {len(run)} promises for the host are kept{skipped}"
-    return f"{kept}; those for the GPU are [below](#attention-on-a-gpu)."
+    return f"{kept}, and [{gpu_kept()} for the GPU](#promises-for-the-gpu)."
 
 
 def _hit_rates(rows: Sequence[Row]) -> str:

@@ -50,7 +50,7 @@ LOSSES = {
     "(4, 944, 16, 1552, 80) for 256_seed53": 0.07,
     "(16, 2464, 352)_ragged59": 0.08,
     "(128, 9008, 1536)_ragged59": 0.08,
-    "(4, 4768, 4, 528, 64) for 32_ragged59": 0.06,
+    "(4, 15888, 2, 1920, 2240) for 16_ragged59": 0.11,
     "(4, 3904, 2, 960, 240) for 16_ragged59": 0.07,
     "(1, 2928, 4, 304, 128) for 128_seed61": 0.14,
     "(8, 4912, 576)_seed61": 0.07,
@@ -73,7 +73,6 @@ LOSSES = {
     "(1, 5232, 4, 1216, 96) for 128_seed101": 0.15,
     "(2, 992, 8, 160, 256) for 32_seed101": 0.08,
     "(1, 3328, 16, 1072, 304) for 32_seed101": 0.06,
-    "(1, 1584, 16, 1664, 96) for 32_uneven103": 0.2,
     "(2, 480, 16, 224, 432) for 128_uneven103": 0.15,
     "(32, 1056, 144)_uneven103": 0.06,
 }
@@ -132,6 +131,8 @@ class Recorded:
         self.predicted = self.predict(in_line=row["how"]["in_line"])
         #: as if pages lay anywhere, which is what is known when levels are chosen
         self.anywhere = self.predict(in_line=False)
+        #: as if no two sequences had pages of the last level in common, which is what kernels are chosen by
+        self.alone = self.predict(in_line=row["how"]["in_line"], alone=True)
 
     @property
     def is_as_now(self) -> bool:
@@ -146,15 +147,17 @@ class Recorded:
                 return False
         return True
 
-    def predict(self, *, in_line: bool) -> dict[str, float]:
+    def predict(self, *, in_line: bool, alone: bool = False) -> dict[str, float]:
         names = list(self.row["choices"])
-        steps = [self.step(name, in_line=in_line) for name in names]
+        steps = [self.step(name, in_line=in_line, alone=alone) for name in names]
         return dict(zip(names, predict(steps, MODEL.heads, DEVICE).tolist(), strict=True))
 
-    def step(self, name: str, *, in_line: bool) -> Measured:
+    def step(self, name: str, *, in_line: bool, alone: bool) -> Measured:
         ways = [] if name == "plain" else [part.split(":")[1] for part in name.split("+")]
         slices = [int(way[4:]) if way.startswith("fa3") else 0 for way in ways]
-        return Measured(0, self.levels(set(depths_in(name)), in_line=in_line), slices, 1.0)
+        *shared, last = self.levels(set(depths_in(name)), in_line=in_line)
+        last = evolve(last, num_different=int(last.tokens.sum())) if alone else last
+        return Measured(0, [*shared, last], slices, 1.0)
 
     def levels(self, kept: set[int], *, in_line: bool) -> list[Groups]:
         mask = [depth in kept for depth in self.depths]
@@ -167,7 +170,7 @@ class Recorded:
         kept = runs_that_pay(self.runs, self.before, self.lens, PAGE_SIZE, MODEL)
         depths = {depth for depth, keep in zip(self.depths, kept, strict=True) if keep}
         names = [name for name in self.predicted if set(depths_in(name)) == depths]
-        return min(names, key=self.predicted.__getitem__)
+        return min(names, key=self.alone.__getitem__)
 
     @property
     def loss(self) -> float:

@@ -1,0 +1,143 @@
+"""What was promised for attention on a GPU, beside what the recorded rows say."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_report import Recorded, Rows
+
+__all__ = ["AGAINST_PLAIN", "Kept", "gpu_promises", "in_table"]
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+#: times as fast as plain decode, by shape
+AGAINST_PLAIN = {
+    "(256, 8192, 512)": 4.5,
+    "(256, 32768, 256)": 10.5,
+    "(128, 16384, 256)": 7.0,
+    "(512, 4096, 256)": 4.3,
+    "(64, 32768, 1024)": 4.9,
+    "(64, 8192, 512)": 2.9,
+    "(2, 8192, 8, 8192, 512) for 128": 3.2,
+    "(1, 16384, 32, 2048, 128) for 256": 7.3,
+    "(4, 2048, 4, 4096, 256) for 128": 2.3,
+    "(8, 4096, 4, 256, 1024) for 256": 1.9,
+}
+#: times the bound, by shape
+OVER_BOUND = {
+    "(256, 8192, 512)": 1.2,
+    "(256, 32768, 256)": 1.2,
+    "(2, 8192, 8, 8192, 512) for 128": 1.2,
+    "(1, 16384, 32, 2048, 128) for 256": 1.3,
+    "(128, 16384, 256)": 1.4,
+    "(64, 32768, 1024)": 1.4,
+}
+
+
+class Kept(NamedTuple):
+    """A promise: what of, what was promised, what was measured, and whether it is kept."""
+
+    what: str
+    promised: str
+    measured: str
+    is_kept: bool
+
+
+def in_table(promises: list[Kept]) -> str:
+    """The promises as a table, those that are not kept marked."""
+    lines = ["| what | promised | measured | met |", "|---|---|---:|---|"]
+    lines += [
+        f"| {what} | {promised} | {found} | {'yes' if met else '**no**'} |" for what, promised, found, met in promises
+    ]
+    return "\n".join(lines)
+
+
+def gpu_promises(known: Recorded, other: list[Recorded], float16: Recorded, steps: Rows) -> list[Kept]:
+    """All of them.
+
+    Args:
+        known: the fixed shapes, and those of the seed that was promised for.
+        other: other shapes in bfloat16.
+        float16: the fixed ones in float16.
+        steps: what `gpu_step` left.
+    """
+    by_name = {row["name"]: row for row in known.rows}
+    every = [row for found in (known, *other) for row in found.rows]
+    return [
+        *_of_shapes(by_name),
+        _at_least(
+            "against the cascade wrapper, all shapes", 1.9, min(row["cascade_us"] / row["ours_us"] for row in every)
+        ),
+        *_of_planner(known),
+        *_of_steps({row["packing"]: row for row in steps if "packing" in row}),
+        *_of_forks(next(row for row in steps if "forks" in row)),
+        _error("errors in bfloat16, all shapes", 1e-2, every),
+        _error("errors in float16", 2e-3, float16.rows),
+    ]
+
+
+def _of_shapes(by_name: dict[str, dict[str, Any]]) -> Iterator[Kept]:
+    for name, least in AGAINST_PLAIN.items():
+        yield _at_least(f"against plain decode, {name}", least, by_name[name]["plain_us"] / by_name[name]["ours_us"])
+    for name, most in OVER_BOUND.items():
+        yield _at_most(f"over the bound, {name}", most, by_name[name]["ours_us"] / by_name[name]["bound_us"])
+    row = by_name["(256, 8192, 512)"]
+    yield _at_least(f"against the cascade wrapper, {row['name']}", 3.5, row["cascade_us"] / row["ours_us"])
+
+
+def _of_planner(known: Recorded) -> Iterator[Kept]:
+    shapes = f"{len(known.rows)} shapes"
+    yield _share(f"planner behind the best choice, worst of {shapes}", 0.05, max(known.losses))
+    yield _share(f"the same, median of {shapes}", 0.01, statistics.median(known.losses))
+    slower = max(row["ours_us"] / row["plain_us"] - 1 for row in known.rows)
+    yield _share(f"ours behind plain decode, worst of {shapes}", 0.02, slower)
+    hosts = {
+        "one prefix": [_host_us(row) for row in known.rows if row["shape"][0] == 256 and row["shape"][3] == 1],
+        "a forest": [_host_us(row) for row in known.rows if row["shape"][0] == 256 and row["shape"][3] > 1],
+    }
+    for what, us in hosts.items():
+        yield Kept(f"planner, CPU time, a new batch of 256 with {what}", "≤ 300 µs", _range(us), max(us) <= 300)
+
+
+def _of_steps(by_packing: dict[str, dict[str, Any]]) -> Iterator[Kept]:
+    plain, hybrid = by_packing["plain"], by_packing["hybrid"]
+    for what, name in (("eager", "eager_us"), ("one CUDA graph", "replay_us")):
+        yield _at_least(f"decode step of 32 layers, hybrid against plain, {what}", 3.0, plain[name] / hybrid[name])
+    yield _share(
+        "`run`, CPU time over flashinfer's by hand", 0.03, hybrid["layers_us"] / hybrid["layers_by_hand_us"] - 1
+    )
+    for what, name in (("the next step", "plan_us"), ("a batch of which nothing is known", "plan_all_new_us")):
+        for row in (plain, hybrid):
+            ratio = row[name] / row["plan_by_hand_us"]
+            yield _at_most(f"`plan` over flashinfer's by hand, {what}, {row['packing']}", 1.3, ratio)
+
+
+def _of_forks(row: dict[str, Any]) -> Iterator[Kept]:
+    yield _at_most(f"tails of {row['forks']} forks, over the time of their bytes", 3.0, row["us"] / row["bytes_us"])
+
+
+def _host_us(row: dict[str, Any]) -> float:
+    return float(row["forest_us"] + row["planner_us"])
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.0f} to {max(values):.0f} µs"
+
+
+def _at_least(what: str, least: float, found: float) -> Kept:
+    return Kept(what, f"≥ {least:g}{TIMES}", f"{found:.2f}{TIMES}", found >= least)
+
+
+def _at_most(what: str, most: float, found: float) -> Kept:
+    return Kept(what, f"≤ {most:g}{TIMES}", f"{found:.2f}{TIMES}", found <= most)
+
+
+def _share(what: str, most: float, found: float) -> Kept:
+    return Kept(what, f"≤ {most:.0%}", f"{max(found, 0.0):.1%}", found <= most)
+
+
+def _error(what: str, most: float, rows: Rows) -> Kept:
+    worst = max(row["error"] for row in rows)
+    return Kept(what, f"≤ {most:g}", f"{worst:.1e}", worst <= most)
