@@ -210,13 +210,12 @@ def measure_step(model: Model, options: argparse.Namespace, *, hybrid: bool) -> 
         note("replay", lambda: model.replayed_step(hybrid=hybrid), wait=True)
         note("pack", lambda: model.pack_anew(hybrid=hybrid))
         hand = hand or ByHand(model)
-        # What runs first finds colder caches: they take turns.
-        plans = [("plan", model.plan), ("plan_by_hand", hand.plan), ("plan_all_new", model.plan_all_new)]
-        for name, call in plans[number % 3 :] + plans[: number % 3]:
+        for name, call in (("plan", model.plan), ("plan_by_hand", hand.plan), ("plan_all_new", model.plan_all_new)):
+            # Each finds the processor's caches as the same calls left them, and the shared levels planned, in both sets.
+            for before in (hand.plan, model.plan, model.plan):
+                before()
             note(name, call)
-            if name == "plan_all_new":  # steps that follow find shared levels planned, in both sets
-                model.plan()
-                model.plan()
+        model.plan()
         model.plan()
         hand.follow()
         runs = [("layers", model.attend), ("layers_by_hand", hand.run)]
