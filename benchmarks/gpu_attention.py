@@ -23,13 +23,13 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.gpu_about import about_run
 from benchmarks.gpu_shapes import KNOWN, PAGE_SIZE, RAGGED, UNEVEN, Shape, random_shapes, scattered, tables_of
 from benchmarks.gpu_timing import copy_rate, device_us, host_us, matrix_rate
 from seqattn import PagedAttention, PagedKVCacheManager
@@ -222,8 +222,8 @@ def measure(step: Step, rates: dict[str, float], options: argparse.Namespace) ->
     return row
 
 
-def main() -> None:
-    """Runs the benchmark."""
+def parsed() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=["known", "random", "ragged", "uneven"])
@@ -238,12 +238,12 @@ def main() -> None:
     options = parser.parse_args()
     options.ragged = options.ragged or options.only == "ragged"
     options.uneven = options.uneven or options.only == "uneven"
-    torch.manual_seed(0)
-    rates = {"copy": copy_rate(), "matrix": matrix_rate()}
-    about = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "flashinfer": version("flashinfer-python"),
+    return options
+
+
+def about_rows(rates: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
+    """What all rows have in common: the first line of the file."""
+    return about_run() | {
         "copy TB/s": round(rates["copy"] / 1e12, 2),
         "matrix TFLOP/s": round(rates["matrix"] / 1e12),
         "heads": options.heads,
@@ -254,6 +254,24 @@ def main() -> None:
         "uneven": options.uneven,
         "short_lists": "by the longest",
     }
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row in words."""
+    best = min(row.get("choices", {"": row["ours_us"]}).items(), key=lambda item: item[1])
+    return (
+        f"{row['name']:36} plain {row['plain_us']:8} cascade {row['cascade_us']:8} ours {row['ours_us']:8} "
+        f"{row['plain_us'] / row['ours_us']:5.2f}x best {best[1]:8} {best[0]:18} bound {row['bound_us']:7} "
+        f"error {row['error']:.1e} {row['kernels']}"
+    )
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    options = parsed()
+    torch.manual_seed(0)
+    rates = {"copy": copy_rate(), "matrix": matrix_rate()}
+    about = about_rows(rates, options)
     print(json.dumps(about))
     drawn = random_shapes(options.random, options.seed)
     shapes = {"known": KNOWN, "random": drawn, "ragged": RAGGED, "uneven": UNEVEN}.get(options.only, KNOWN + drawn)
@@ -263,13 +281,7 @@ def main() -> None:
         for shape in shapes:
             row = measure(Step(shape, options), rates, options)
             print(json.dumps(row), file=file, flush=True)
-            best = min(row.get("choices", {"": row["ours_us"]}).items(), key=lambda item: item[1])
-            print(
-                f"{row['name']:36} plain {row['plain_us']:8} cascade {row['cascade_us']:8} ours {row['ours_us']:8} "
-                f"{row['plain_us'] / row['ours_us']:5.2f}x best {best[1]:8} {best[0]:18} bound {row['bound_us']:7} "
-                f"error {row['error']:.1e} {row['kernels']}",
-                flush=True,
-            )
+            print(line_of(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 from benchmarks.chat_models import llama
+from benchmarks.gpu_about import about_run
 from benchmarks.gpu_chat_first import first, join
 from benchmarks.gpu_chat_host import host_rows
 from benchmarks.gpu_chat_trace import prompts_of
@@ -241,13 +242,13 @@ PARTS: dict[str, Callable[[Work], Iterator[Row]]] = {
 }
 
 
-def _machine(device: str) -> Row:
+def _machine() -> Row:
     """Where it ran, and on what."""
     versions = {}
     for name, package in (("torch", "torch"), ("transformers", "transformers"), ("flashinfer", "flashinfer-python")):
         with suppress(PackageNotFoundError):
             versions[name] = version(package).partition("+")[0]
-    return {"device": torch.cuda.get_device_name(0) if device != "cpu" else "CPU", "versions": versions}
+    return about_run() | {"versions": versions}
 
 
 def main() -> None:
@@ -262,7 +263,7 @@ def main() -> None:
     sizes = TINY if options.tiny else Sizes()
     work = Work(device, sizes, is_tiny=options.tiny, trace=options.trace)
     options.out.mkdir(parents=True, exist_ok=True)
-    about = {"batch": sizes.batch, "system": sizes.system} | _machine(device)
+    about = {"batch": sizes.batch, "system": sizes.system} | _machine()
     with (options.out / "chat.jsonl").open("w", encoding="utf-8") as file:
         for part in options.only:
             begin = time.perf_counter()

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.gpu_about import about_run
 from benchmarks.gpu_timing import copy_rate, device_us
 from seqattn import CacheDescriptor, DecodeGraphs, DecodeStep, PagedAttention, PagedKVCacheManager
 from seqattn.attention.plan import Planner
@@ -211,7 +212,7 @@ def measure_step(model: Model, options: argparse.Namespace, *, hybrid: bool) -> 
         note("pack", lambda: model.pack_anew(hybrid=hybrid))
         hand = hand or ByHand(model)
         for name, call in (("plan", model.plan), ("plan_by_hand", hand.plan), ("plan_all_new", model.plan_all_new)):
-            # Each finds the processor's caches as the same calls left them, and the shared levels planned, in both sets.
+            # Each finds the caches of the CPU as the same calls left them, and shared levels planned, in both sets.
             for before in (hand.plan, model.plan, model.plan):
                 before()
             note(name, call)
@@ -260,7 +261,7 @@ def main() -> None:
     model = Model(options)
     rows = [measure_step(model, options, hybrid=hybrid) for hybrid in (False, True)] + [measure_forks(model)]
     options.out.mkdir(parents=True, exist_ok=True)
-    about = {name: value for name, value in vars(options).items() if name != "out"}
+    about = about_run() | {name: value for name, value in vars(options).items() if name != "out"}
     with (options.out / "step.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
             print(json.dumps(about | row), flush=True)

@@ -106,8 +106,9 @@ def _calibrate(options: _Options) -> None:
     if find_spec("flashinfer") is None:
         raise MissingExtraError("flashinfer", "flashinfer")
     heads = Heads(*options.heads)
-    measured = _measured(options, heads, chip)
-    device = calibrate(measured, heads, scaled(chip))
+    has_fa3 = chip.has_fa3 and _can_run_fa3()
+    measured = _measured(options, heads, has_fa3=has_fa3)
+    device = calibrate(measured, heads, attrs.evolve(scaled(chip), has_fa3=has_fa3))
     console.print(_table(f"{chip.name}: {len(measured)} ways measured", device))
     console.print(_quality(measured, heads, device))
     save_constants(path, device, chip)  # last: what took a minute is shown even if it cannot be written
@@ -124,12 +125,23 @@ def _chip(number: int) -> Chip:
     return Chip.of(torch.cuda.get_device_properties(number))
 
 
-def _measured(options: _Options, heads: Heads, chip: Chip) -> list[Measured]:
+def _can_run_fa3() -> bool:
+    from rich.console import Console
+
+    from seqattn.attention.fa3_sources import is_off, why_fa3_cannot_be_used
+
+    reason = "it is turned off in the environment" if is_off() else why_fa3_cannot_be_used()
+    if reason is not None:
+        again = "these constants will not use it; calibrate again once it can be measured"
+        Console(stderr=True).print(f"fa3 is not measured: {reason}; {again}", soft_wrap=True)
+    return reason is None
+
+
+def _measured(options: _Options, heads: Heads, *, has_fa3: bool) -> list[Measured]:
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from seqattn.attention.fa3_sources import why_fa3_cannot_be_used
     from seqattn.cuda_steps import CudaSteps
 
     device = torch.device("cuda", options.device)
@@ -145,10 +157,7 @@ def _measured(options: _Options, heads: Heads, chip: Chip) -> list[Measured]:
                 progress.advance(task)
                 return goes_on()
 
-            reason = why_fa3_cannot_be_used() if chip.has_fa3 else None
-            if reason is not None:
-                progress.console.print(f"fa3 is not measured: {reason}")
-            return measure(shapes, timer, has_fa3=chip.has_fa3 and reason is None, on_batch=on_batch)
+            return measure(shapes, timer, has_fa3=has_fa3, on_batch=on_batch)
 
 
 def _table(title: str, device: Device) -> Table:

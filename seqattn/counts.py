@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from seqattn.errors import BadValueError, LengthError
 
-__all__ = ["as_count", "is_int", "positive"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+__all__ = ["as_count", "is_int", "one_each", "positive"]
 
 
 def is_int(value: object) -> bool:
@@ -32,3 +39,14 @@ def as_count(name: str, value: int, least: int = 0) -> int:
     if not is_int(value) or value < least:
         raise LengthError(f"{name} must be an integer of at least {least}, not {value!r}")
     return int(value)
+
+
+def one_each(name: str, values: Sequence[int] | npt.NDArray[np.integer], num_sequences: int) -> npt.NDArray[np.int64]:
+    """One integer for each of so many sequences, int64 [num_sequences]; LengthError for anything else."""
+    try:
+        array: npt.NDArray[Any] = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        array = np.empty((0, 0))
+    if array.shape != (num_sequences,) or (array.dtype.kind not in "iu" and num_sequences):
+        raise LengthError(f"{name} must be one integer for each of {num_sequences} sequences, not {values!r}")
+    return array.astype(np.int64, copy=False)

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
 from seqattn.cost import CostModel, runs_that_pay
+from seqattn.counts import one_each
 from seqattn.errors import BadValueError, InvariantError, LengthError
 from seqattn.forest import Run, build_forest, without
 from seqattn.indptr import to_numpy
@@ -154,7 +155,7 @@ def _checked(
     query_lens: Sequence[int] | None,
 ) -> tuple[Int64Array, Int64Array]:
     """Tokens and query rows of each sequence, int64 [batch]."""
-    lens = _integers("num_tokens", num_tokens, len(tables))
+    lens = one_each("num_tokens", num_tokens, len(tables))
     rows = rows_of(query_lens, lens)
     num_pages = np.array([len(table) for table in tables], dtype=np.int64)
     wrong = np.flatnonzero(num_pages != -(-lens // page_size))
@@ -166,7 +167,7 @@ def _checked(
 
 def rows_of(query_lens: Sequence[int] | None, lens: Int64Array) -> Int64Array:
     """Query rows of each sequence, int64 [batch]; LengthError where its tokens have not as many, or none."""
-    rows = np.ones_like(lens) if query_lens is None else _integers("query_lens", query_lens, len(lens))
+    rows = np.ones_like(lens) if query_lens is None else one_each("query_lens", query_lens, len(lens))
     wrong = np.flatnonzero((rows < 1) | (rows > lens))
     if len(wrong):
         i = int(wrong[0])
@@ -175,13 +176,6 @@ def rows_of(query_lens: Sequence[int] | None, lens: Int64Array) -> Int64Array:
             "least one query row, and its rows are its last tokens"
         )
     return rows
-
-
-def _integers(name: str, values: Sequence[int] | Int64Array, num_sequences: int) -> Int64Array:
-    array: npt.NDArray[Any] = np.asarray(values)
-    if array.shape != (num_sequences,) or (array.dtype.kind not in "iu" and num_sequences):
-        raise LengthError(f"{name} must be one integer for each of {num_sequences} sequences, not {values!r}")
-    return array.astype(np.int64, copy=False)
 
 
 def model_of(cost_model: CostModel | Literal["auto"] | None) -> CostModel | None:

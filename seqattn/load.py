@@ -56,8 +56,8 @@ __all__ = [
 
 #: kernels by number: the three tiles of fa2, the first of which is decode, then these
 FA3, SHORT, FA3_IN_LINE = 3, 4, 5
-#: query heads of a KV head for which the kernel for short lists was measured, and the fewest lists
-_SHORT_HEADS, _LEAST_LISTS = 4, 8
+#: query heads of a KV head and their elements for which the kernel for short lists was measured, and the fewest lists
+_SHORT_HEADS, _SHORT_DIM, _LEAST_LISTS = 4, 128, 8
 #: tokens of the longest list that it is for: where its blocks do not fill the device, where they do, and where they do
 #: several times over, so that it cuts no list; there only if lists are nearly alike, since the longest is waited for
 _SHORT_FEW, _SHORT_SOME, MOST_SHORT = 80, 128, 176
@@ -173,7 +173,7 @@ def is_short(heads: Heads, num_processors: int, num_lists: int, longest: int, nu
         longest: tokens of the longest.
         num_tokens: tokens of all.
     """
-    if heads.heads_each != _SHORT_HEADS or num_lists < _LEAST_LISTS:
+    if (heads.heads_each, heads.head_dim) != (_SHORT_HEADS, _SHORT_DIM) or num_lists < _LEAST_LISTS:
         return False
     blocks = num_lists * heads.num_kv_heads
     if blocks <= num_processors * 3 // 2:

@@ -183,10 +183,13 @@ def _equals(given: object, lengths: torch.Tensor) -> bool:
 
 
 class _Recorder:
-    """Stands for a module, and notes the calls of its functions by position; those by name cannot be repeated so."""
+    """Stands for a module, and notes this thread's calls of its functions by position.
+
+    Those by name cannot be repeated so. Other threads may plan with the same module meanwhile.
+    """
 
     def __init__(self, module: Any) -> None:  # noqa: ANN401  flashinfer's, untyped
-        self._module = module
+        self._module, self._thread = module, threading.get_ident()
         self.calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  as above
@@ -195,9 +198,8 @@ class _Recorder:
             return found
 
         def noted(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401  as above
-            self.calls.append((found, arguments))
-            if named:
-                self.calls.append((found, arguments))  # more than one call is of no use
+            if threading.get_ident() == self._thread:
+                self.calls += [(found, arguments)] * (2 if named else 1)  # more than one call is of no use
             return found(*arguments, **named)
 
         return noted

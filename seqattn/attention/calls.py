@@ -212,7 +212,8 @@ class _Builder:
         slices = choice.slices if by_group else 1
         rows, pages, each = self.rows, level.kv_page_indices, self.heads_each if by_group else 1
         if len(groups) == len(used) and slices == 1 and (choice.kernel != "decode" or self.in_order):  # as it is
-            tables = (level.qo_indptr * np.int32(each), level.kv_page_indptr, pages, level.kv_last_page_len)
+            qo_indptr = level.qo_indptr if each == 1 else level.qo_indptr * np.int32(each)
+            tables = (qo_indptr, level.kv_page_indptr, pages, level.kv_last_page_len)
         else:
             if choice.kernel == "decode":  # one row each: with the pages in the caller's order nothing is gathered
                 groups = groups[np.argsort(rows[level.qo_indptr[groups]])]

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
-from seqattn.errors import SeqAttnError
+from seqattn.errors import BadValueError, SeqAttnError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "copy_mended",
     "has_early_arrival",
+    "is_off",
     "mended",
     "sound_costs",
     "why_fa3_cannot_be_used",
@@ -50,8 +51,9 @@ _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _CALL = r"[ \t]*(?:\w+\s*::\s*)*NamedBarrier\s*::\s*{}\s*\(\s*NUM_MMA_THREADS\s*,[^;]*\bEpilogueBarrier\s*\)\s*;\n?"
 _FIRST, _SECOND = re.compile(_CALL.format("arrive")), re.compile(_CALL.format("sync"))
 _SUFFIX = "_one_barrier"
-#: turns fa3 off
-_OFF = "SEQATTN_FA3"
+#: turns fa3 off, by any of these, or says that it is not
+_SWITCH = "SEQATTN_FA3"
+_OFF, _ON = ("off", "0", "no", "false"), ("", "on", "1", "yes", "true")
 _LOCK = threading.Lock()
 
 
@@ -59,7 +61,7 @@ def sound_costs(costs: Device) -> Device:
     """A device's constants: without fa3, after a warning, where it cannot be computed right."""
     if not costs.has_fa3:
         return costs
-    if os.environ.get(_OFF, "").lower() in {"0", "off"}:
+    if is_off():
         return evolve(costs, has_fa3=False)
     reason = why_fa3_cannot_be_used()
     if reason is None:
@@ -67,11 +69,19 @@ def sound_costs(costs: Device) -> Device:
     warnings.warn(
         f"this flashinfer's fa3 gives wrong results at times, and cannot be compiled without that mistake: {reason}. "
         f"Shared levels are computed by fa2, which is slower; with a CUDA compiler (nvcc) installed they need not be. "
-        f"{_OFF}=off says that this is known",
+        f"{_SWITCH}=off says that this is known",
         RuntimeWarning,
         stacklevel=4,  # who made the PagedAttention
     )
     return evolve(costs, has_fa3=False)
+
+
+def is_off() -> bool:
+    """Whether fa3 is turned off in the environment; BadValueError for what is neither on nor off."""
+    value = os.environ.get(_SWITCH, "")
+    if (word := value.strip().lower()) not in _OFF + _ON:
+        raise BadValueError(f"{_SWITCH} is {value!r} in the environment: it must be 'off' or 'on'")
+    return word in _OFF
 
 
 def why_fa3_cannot_be_used() -> str | None:
@@ -177,7 +187,7 @@ def mended(generate: Callable[..., Any], sources: Path) -> Callable[..., Any]:
     return gen_batch_prefill_module
 
 
-_HOW = f"set {_OFF}=off, and fa2, which is slower, computes what fa3 would have"
+_HOW = f"set {_SWITCH}=off, and fa2, which is slower, computes what fa3 would have"
 
 
 def _built(build: Callable[[], Any]) -> Any:  # noqa: ANN401  as above

@@ -25,11 +25,27 @@ from attrs import define, evolve
 from seqattn.attention.calls import KernelCall, Work
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
+    import torch
+
+    from seqattn.attention.plan import BatchPlan
 
     Int32Array = npt.NDArray[np.int32]
 
-__all__ = ["CallForm", "Sizes", "StepForm", "form_of", "next_padded", "nothing", "padded", "page_by_page"]
+__all__ = [
+    "CallForm",
+    "Sizes",
+    "StepForm",
+    "form_of",
+    "key_of",
+    "new_places",
+    "next_padded",
+    "nothing",
+    "padded",
+    "page_by_page",
+]
 
 #: fa2 takes its largest tiles for groups with more rows than this, times the query heads of a KV head
 _MOST_SMALL_ROWS = 64
@@ -97,6 +113,11 @@ def form_of(work: Work, num_rows: int, sizes: Sizes) -> StepForm | None:
     if not calls or calls[-1].kernel != "decode" or calls[-1].gathered:
         return None
     return StepForm(num_rows, calls, work.direct)
+
+
+def key_of(form: StepForm, inputs: Sequence[torch.Tensor]) -> tuple[object, ...]:
+    """What a graph is known by: its form, and what stays the same in the model's inputs."""
+    return (form, *((x.shape[1:], x.dtype) for x in inputs))
 
 
 def _call_form(call: KernelCall, num_rows: int, sizes: Sizes) -> CallForm:
@@ -200,3 +221,13 @@ def nothing() -> Work:
         "decode", zero, zero, none, none, causal=True, by_group=False, first_query=None, first_part=0, num_rows=0
     )
     return Work((call,), none, none, none, 0, direct=True)
+
+
+def new_places(plan: BatchPlan) -> Int32Array:
+    """Page and slot of each sequence's last token in a decoding step, int32 [2, rows], in the caller's order."""
+    level = plan.levels[-1]
+    places = np.empty((2, plan.num_rows), dtype=np.int32)
+    rows = slice(None) if plan.rows is None else plan.rows
+    places[0, rows] = level.kv_page_indices[level.kv_page_indptr[1:] - 1]
+    places[1, rows] = level.kv_last_page_len - 1
+    return places

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from importlib import import_module
 from importlib.util import find_spec
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 import torch
@@ -114,25 +115,31 @@ class PagedAttention:
         self._shape: tuple[int, ...] | None = None  # of the planned queries
         self._prepared: Any = None
         self._rows: torch.Tensor | None = None
-        self._in_graphs: tuple[Device | None, CostModel] | None = None  # `graph_cost_model`, and what it was made of
+        #: `cost_model` and `graph_cost_model`, and what they were made of
+        self._models: dict[bool, tuple[Device | None, CostModel]] = {}
 
     @property
     def cost_model(self) -> CostModel:
-        """What levels cost with these heads on this device: `pack_hybrid_for_flashinfer(ids, cost_model=...)`."""
-        return self._model_of(self._impl.costs)
+        """What levels cost with these heads on this device: `pack_hybrid_for_flashinfer(ids, cost_model=...)`.
+
+        Made once: it remembers what it has chosen.
+        """
+        return self._model(in_graphs=False)
 
     @property
     def graph_cost_model(self) -> CostModel:
         """The same for steps that `DecodeGraphs` replays, which do without the kernel for short lists; made once."""
-        costs = self._impl.costs
-        if self._in_graphs is None or self._in_graphs[0] is not costs:
-            self._in_graphs = costs, self._model_of(evolve(costs or Device(), has_short=False))
-        return self._in_graphs[1]
+        return self._model(in_graphs=True)
 
-    def _model_of(self, device: Device | None) -> CostModel:
-        manager = self.manager
-        sizes = (self.num_qo_heads, manager.num_heads, manager.head_dim, manager.dtype.itemsize)
-        return CostModel.for_heads(*sizes, device=device)
+    def _model(self, *, in_graphs: bool) -> CostModel:
+        costs, manager = self._impl.costs, self.manager
+        made_of, model = self._models.get(in_graphs, (None, None))
+        if model is None or made_of is not costs:
+            device = evolve(costs or Device(), has_short=False) if in_graphs else costs
+            sizes = (self.num_qo_heads, manager.num_heads, manager.head_dim, manager.dtype.itemsize)
+            model = CostModel.for_heads(*sizes, device=device)
+            self._models[in_graphs] = costs, model
+        return model
 
     def plan(
         self,
@@ -236,7 +243,7 @@ def _best_backend(manager: PagedKVCacheManager) -> str:
 
 
 def _backend_class(name: str) -> type[Any]:
-    if name not in _BACKENDS:
+    if not isinstance(name, str) or name not in _BACKENDS:
         known = ", ".join(repr(known) for known in ("auto", *_BACKENDS))
         raise BadValueError(f"backend {name!r} is not available in this version: use one of {known}")
     module, _, cls = _BACKENDS[name].partition(":")
@@ -245,6 +252,7 @@ def _backend_class(name: str) -> type[Any]:
 
 
 def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    # numpy's numbers are real ones too; its booleans and torch's tensors are not.
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
         raise BadValueError(f"{name} must be a positive number, not {value!r}")
     return float(value)

@@ -23,6 +23,7 @@ A batch is padded to the next batch size. What else a graph fixes, the kernels o
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from operator import is_
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 
 from seqattn.append import sent
-from seqattn.attention.fixed import Sizes, form_of, nothing, page_by_page
+from seqattn.attention.fixed import Sizes, form_of, key_of, new_places, nothing, page_by_page
 from seqattn.attention.step import DecodeStep, check_input, first_rows, launcher_for
 from seqattn.counts import positive
 from seqattn.errors import BadValueError, LengthError
@@ -55,6 +56,7 @@ __all__ = ["DecodeGraphs"]
 
 Out = TypeVar("Out")
 
+_log = logging.getLogger("seqattn")
 #: steps with the same prompt in one piece, after which it is worth a graph of its own that reads it as one array
 _STEADY = 32
 
@@ -66,6 +68,9 @@ class DecodeGraphs(Generic[Out]):
     of tensors with a row for each sequence. It is called twice for each graph that is captured, and must do the same
     each time: launches only, no wait for the device, no look at values. Where no graph fits, it is called as it is.
     Belongs to one thread and one stream, like its attention; no other thread may use CUDA during a capture.
+
+    A capture that fails with a RuntimeError, out of memory say, is logged; that step and all later ones are computed
+    without graphs, where a mistake of the model's own raises again. What else the model raises reaches the caller.
 
     Args:
         attention: its backend captures if it is "flashinfer"; with "torch" every step is computed without a graph.
@@ -107,6 +112,7 @@ class DecodeGraphs(Generic[Out]):
         self._steps: OrderedDict[Any, CapturedStep] = OrderedDict()
         self._seen: OrderedDict[Any, int] = OrderedDict()
         self._memory = manager.get_memory_tensors()  # that graphs read and write, by its address
+        #: None where every step is computed without a graph
         self._backend: Any = attention._impl if attention.backend == "flashinfer" else None
         self._launcher = launcher_for(manager)
         #: that of `PagedAttention.plan`, which finds the same levels again for a step without a graph
@@ -117,7 +123,7 @@ class DecodeGraphs(Generic[Out]):
 
     @property
     def captures(self) -> bool:
-        """Whether it captures at all: its attention's backend is "flashinfer"."""
+        """Whether it captures: its attention's backend is "flashinfer", and no capture has failed."""
         return self._backend is not None
 
     def capture(self, *inputs: torch.Tensor) -> None:
@@ -126,13 +132,11 @@ class DecodeGraphs(Generic[Out]):
         Args:
             inputs: like those of `replay`, with any number of rows; their values are not used. The model sees zeros.
         """
-        if not self.captures:
-            return
         self._follow_memory()
         work, places = nothing(), np.zeros((2, 0), dtype=np.int32)
         for num_rows in reversed(self.batch_sizes):
             form = form_of(work, num_rows, self._sizes)
-            if form is not None and _key(form, inputs) not in self._steps:
+            if self.captures and form is not None and key_of(form, inputs) not in self._steps:
                 self._captured(form, work, places, [x[:0] for x in inputs])
 
     def replay(self, data: FlashInferPackedData | FlashInferHybridData, *inputs: torch.Tensor) -> Out:
@@ -151,9 +155,9 @@ class DecodeGraphs(Generic[Out]):
             LengthError: a sequence has other than one query row, or broken packed data.
             PageError: a page that is free or not the manager's, or a slot that two sequences would write.
             SharedPageError: the page of a new token has more than one reference.
+            What the model raises, perhaps after it has written new tokens; nothing is written if another is raised.
 
-        Nothing is written if any of these is raised. Cost on the CPU: that of `PagedAttention.plan`; waits for the
-        copies of the step before, not for its kernels.
+        Cost on the CPU: that of `PagedAttention.plan`; waits for the copies of the step before, not for its kernels.
         """
         plan, places = self._checked(data, inputs)
         found = self._replayed(plan, places, inputs)
@@ -167,7 +171,7 @@ class DecodeGraphs(Generic[Out]):
     def replay_if_captured(
         self, data: FlashInferPackedData | FlashInferHybridData, *inputs: torch.Tensor
     ) -> Out | None:
-        """`replay` if that takes a graph, captured now if its form was seen often enough; else None, nothing done."""
+        """`replay` if that takes a graph, captured now if its form was seen often enough; else None and no result."""
         return self._replayed(*self._checked(data, inputs), inputs)
 
     def _replayed(self, plan: BatchPlan, places: Int32Array, inputs: Sequence[torch.Tensor]) -> Out | None:
@@ -184,11 +188,11 @@ class DecodeGraphs(Generic[Out]):
     ) -> tuple[BatchPlan, Int32Array]:
         """A step as levels, and where its new tokens go; raises what `replay` does."""
         plan = self._planner.plan(data, None, causal=True)
-        if plan.num_rows and not plan.levels[-1].decodes:
+        if len(plan.levels[-1].kv_last_page_len) and not plan.levels[-1].decodes:
             raise LengthError("a decode step has one query row for each sequence: pack it with query_lens=None")
         for tensor in inputs:
             check_input(tensor, plan.num_rows, self.attention.manager.device)
-        places = _new_places(plan)
+        places = new_places(plan)
         self.attention.manager.check_writable(places[0])
         refuse_same_slot(places, self.attention.manager.page_size)
         return plan, places
@@ -223,30 +227,40 @@ class DecodeGraphs(Generic[Out]):
         self, work: Work, num_rows: int, given: tuple[Int32Array, Sequence[torch.Tensor]], capture_after: int
     ) -> tuple[CapturedStep, Work] | None:
         form = form_of(work, num_rows, self._sizes)
-        if form is None:
+        if form is None or self._backend is None:  # none any more: another capture for this step has failed
             return None
-        key = _key(form, given[1])
+        key = key_of(form, given[1])
         step = self._steps.get(key)
-        if step is None:
-            seen = self._seen[key] = self._seen.pop(key, 0) + 1
-            if len(self._seen) > self._max_graphs:
-                self._seen.popitem(last=False)
-            if seen < max(capture_after, self._steps_before(form)):
-                return None
-            step = self._captured(form, work, *given)
-        self._steps.move_to_end(key)
-        return step, work
+        if step is not None:
+            self._steps.move_to_end(key)
+            return step, work
+        seen = self._seen[key] = self._seen.pop(key, 0) + 1
+        if len(self._seen) > self._max_graphs:
+            self._seen.popitem(last=False)
+        if seen < max(capture_after, self._steps_before(form)):
+            return None
+        step = self._captured(form, work, *given)
+        return None if step is None else (step, work)
 
     def _steps_before(self, form: StepForm) -> int:  # noqa: ARG002  subclasses look at it
         """Steps of a form that are seen before it is captured."""
         return self._capture_after
 
-    def _captured(self, form: StepForm, work: Work, places: Int32Array, inputs: Sequence[torch.Tensor]) -> CapturedStep:
-        if self._on is None:
-            self._on = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._backend.device)  # type: ignore[no-untyped-call]
-        with torch.inference_mode(mode=False):  # its memory is written by later steps, in whatever mode they are
-            step = self._recorded(form, self._on, work, places, inputs)
-        key = _key(form, inputs)
+    def _captured(
+        self, form: StepForm, work: Work, places: Int32Array, inputs: Sequence[torch.Tensor]
+    ) -> CapturedStep | None:
+        """A new graph of a form; None if that fails, after which there are no graphs."""
+        try:
+            if self._on is None:
+                self._on = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._backend.device)  # type: ignore[no-untyped-call]
+            with torch.inference_mode(mode=False):  # its memory is written by later steps, in whatever mode they are
+                step = self._recorded(form, self._on, work, places, inputs)
+        except RuntimeError as error:  # of CUDA; what is wrong with the step's data has been found by now
+            self._backend = None
+            self._steps.clear()  # no later step looks at them: their memory is free for what goes on without
+            _log.warning("decoding goes on without CUDA graphs: a capture failed: %s", error)
+            return None
+        key = key_of(form, inputs)
         self._steps[key] = step
         self._seen.pop(key, None)
         self.num_captures += 1
@@ -283,17 +297,3 @@ class DecodeGraphs(Generic[Out]):
         manager = self.attention.manager
         on_device = sent(places, manager.device)
         return DecodeStep(manager, on_device, lambda q, layer: self.attention.run(q, layer=layer), self._launcher)
-
-
-def _key(form: StepForm, inputs: Sequence[torch.Tensor]) -> tuple[object, ...]:
-    return (form, *((x.shape[1:], x.dtype) for x in inputs))
-
-
-def _new_places(plan: BatchPlan) -> Int32Array:
-    """Page and slot of each sequence's last token, int32 [2, rows], in the caller's order."""
-    level = plan.levels[-1]
-    places = np.empty((2, plan.num_rows), dtype=np.int32)
-    rows = slice(None) if plan.rows is None else plan.rows
-    places[0, rows] = level.kv_page_indices[level.kv_page_indptr[1:] - 1]
-    places[1, rows] = level.kv_last_page_len - 1
-    return places

@@ -79,7 +79,6 @@ class LayerGraphs:
             capture_after=capture_after,
             max_graphs=max_graphs,
         )
-        self._has_failed = False
 
     @property
     def num_captures(self) -> int:
@@ -113,11 +112,7 @@ class LayerGraphs:
         """
         graphs = self._graphs
         plan, places = graphs._checked(data, ())
-        try:
-            found = None if self._has_failed else graphs._fitting(plan, places, ())
-        except RuntimeError as error:  # of CUDA, out of memory say; what is wrong with `data` has been found by now
-            self._has_failed, found = True, None
-            _log.warning("attention goes on without CUDA graphs: a capture failed: %s", error)
+        found = graphs._fitting(plan, places, ())
         if found is None:
             graphs.num_eager += 1
             return graphs._without_graph(data, places)

@@ -8,12 +8,13 @@ Rows come and go in the caller's order; in between they stand in group order:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from attrs import define
 
+from seqattn.counts import one_each
 from seqattn.errors import LengthError, PageError, TensorError
 from seqattn.indptr import group_lengths, to_numpy
 from seqattn.packed import FlashInferHybridData, FlashInferPackedData, HybridLevel
@@ -179,12 +180,10 @@ def _plain_level(packed: FlashInferPackedData, query_lens: Sequence[int] | None)
 
 
 def _query_lens(query_lens: Sequence[int], num_sequences: int) -> Int64Array:
-    array: npt.NDArray[Any] = np.asarray(query_lens)
-    if array.shape != (num_sequences,) or (array.dtype.kind not in "iu" and num_sequences):
-        raise LengthError(f"query_lens must be one integer for each of {num_sequences} sequences, not {query_lens!r}")
-    if (array < 0).any():
-        raise LengthError(f"query_lens holds {array.min()}: a sequence has 0 rows or more")
-    return array.astype(np.int64, copy=False)
+    lens = one_each("query_lens", query_lens, num_sequences)
+    if (lens < 0).any():
+        raise LengthError(f"query_lens holds {lens.min()}: a sequence has 0 rows or more")
+    return lens
 
 
 def _caller_rows(data: FlashInferHybridData, last: LevelPlan, query_lens: Sequence[int] | None) -> Int64Array | None:

@@ -167,7 +167,8 @@ class WrapperSet:
         # Mostly lists are much longer, as is seen at once.
         if call.kernel != "decode" or not 0 < slots <= num_lists * (MOST_SHORT + page_size):
             return False
-        heads, lens = Heads(self.num_qo_heads, self.manager.num_heads), call.lens(page_size)
+        heads = Heads(self.num_qo_heads, self.manager.num_heads, self.manager.head_dim)
+        lens = call.lens(page_size)
         return is_short(heads, self.num_processors, num_lists, int(lens.max()), int(lens.sum()))
 
     @property

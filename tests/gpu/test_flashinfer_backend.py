@@ -26,7 +26,9 @@ HEADS = [(32, 8), (32, 32), (8, 1)]
 CASES = [
     *(Case(*heads, 128, page_size, torch.bfloat16) for heads, page_size in product(HEADS, (1, 16, 64))),
     Case(32, 8, 128, 16, torch.bfloat16, "HND"),
+    Case(32, 8, 128, 1, torch.float16),
     Case(32, 8, 128, 16, torch.float16),
+    Case(32, 8, 64, 1, torch.bfloat16),
     Case(32, 8, 64, 16, torch.bfloat16),
     Case(32, 32, 64, 16, torch.float16),
     Case(8, 1, 64, 64, torch.float16),
@@ -76,7 +78,7 @@ def test_plain_and_hybrid_attention_are_dense_attention(case: Case, most_rows: i
 
 @pytest.mark.parametrize("slices", [1, 2, 3, 8, 50])
 @pytest.mark.parametrize("kernel", ["fa2", "fa3"])
-@pytest.mark.parametrize("overlap", [False, True], ids=["one stream", "two streams"])
+@pytest.mark.parametrize("overlap", [False, True], ids=["one stream", "three streams"])
 def test_every_way_to_compute_a_level_is_right(kernel: str, slices: int, overlap: bool) -> None:
     case = Case(32, 8, 128, 16, torch.bfloat16)
     batch = random_batch(slices, 16, most_rows=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from attrs import evolve
@@ -40,6 +41,9 @@ MANAGER = PagedKVCacheManager(8, 4, 2, 4, torch.float32, "cpu", num_layers=2)
         ({"backend": "triton"}, BadValueError, "'triton' is not available in this version: use .* 'torch'"),
         ({"sm_scale": 0}, BadValueError, "sm_scale must be a positive number, not 0"),
         ({"sm_scale": math.nan}, BadValueError, "sm_scale must be a positive number, not nan"),
+        ({"sm_scale": np.float32(-1)}, BadValueError, "sm_scale must be a positive number, not"),
+        ({"sm_scale": torch.ones(1)}, BadValueError, "sm_scale must be a positive number, not tensor"),
+        ({"backend": ["torch"]}, BadValueError, r"backend \['torch'\] is not available"),
         ({"logits_soft_cap": -1.0}, BadValueError, r"logits_soft_cap must be a positive number, not -1\.0"),
         ({"logits_soft_cap": True}, BadValueError, "logits_soft_cap must be a positive number, not True"),
     ],
@@ -47,6 +51,11 @@ MANAGER = PagedKVCacheManager(8, 4, 2, 4, torch.float32, "cpu", num_layers=2)
 def test_impossible_settings_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         PagedAttention(**{"manager": MANAGER, "num_qo_heads": 4, **options})
+
+
+def test_a_scale_may_be_any_real_number() -> None:
+    scales = [PagedAttention(MANAGER, 4, sm_scale=scale)._impl.sm_scale for scale in (1, 0.5, np.float32(0.5))]  # type: ignore[attr-defined, arg-type]
+    assert scales == [1.0, 0.5, 0.5]
 
 
 def test_auto_is_a_backend_by_name() -> None:
@@ -75,7 +84,8 @@ def test_graphs_are_weighed_without_the_kernel_for_short_lists() -> None:
         assert attention.cost_model.device == (costs or Device())
         assert model.device == evolve(costs or Device(), has_short=False)
         assert model.heads == attention.cost_model.heads
-        assert attention.graph_cost_model.device is model.device, "it remembers what was chosen"
+        assert attention.graph_cost_model is model, "it remembers what was chosen"
+        assert attention.cost_model is attention.cost_model is not model
 
 
 def test_run_needs_a_plan() -> None:
@@ -95,6 +105,7 @@ OWN = HybridLevel(int32(0, 1, 3), int32(0, 1, 2), int32(1, 2), int32(4, 4))
     [
         (pack(SMALL), [1, 1], LengthError, r"query_lens must be one integer for each of 3 sequences, not \[1, 1\]"),
         (pack(SMALL), [1, 1, 1.0], LengthError, "query_lens must be one integer for each of 3 sequences"),
+        (pack(SMALL), [[1], [1, 1], 1], LengthError, "query_lens must be one integer for each of 3 sequences"),
         (pack(SMALL), [1, -2, 1], LengthError, "query_lens holds -2: a sequence has 0 rows or more"),
         (pack(SMALL), [1, 1, 4], LengthError, "4 query rows for 3 tokens in causal attention"),
         (FlashInferPackedData(int32(1), int32(0, 1), int32(5)), None, LengthError, r"is 5 .* in \[1, 4\]"),

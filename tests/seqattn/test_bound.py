@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -150,3 +151,20 @@ def test_a_plan_that_finds_the_lengths_by_itself_is_made_by_the_wrapper_each_tim
     wrapper = Planned(counts=True)
     plan(wrapper)
     assert wrapper.num_plans == 4
+
+
+def test_a_plan_of_another_thread_is_not_taken_for_its_own() -> None:
+    wrapper = Planned()
+    bound, module = BoundPlan(wrapper), wrapper._cached_module
+
+    def plan_beside(indptr: torch.Tensor, lengths: torch.Tensor) -> None:
+        other = Thread(target=lambda: module.plan("other"))
+        other.start()
+        other.join()
+        wrapper.plan(indptr, lengths)
+
+    for step in range(3):
+        indptr, lengths = torch.full((3,), step), torch.full((2,), 10 * step)
+        bound(lambda: plan_beside(indptr, lengths), indptr, lengths)  # noqa: B023  called at once
+    assert wrapper.num_plans == 1
+    assert bound.is_repeated

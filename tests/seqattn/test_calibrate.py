@@ -13,10 +13,11 @@ import torch
 from attrs import evolve
 
 from seqattn import __main__ as command_line
+from seqattn.attention import fa3_sources
 from seqattn.attention.plan import plan_batch
 from seqattn.cache import PagedKVCacheManager
 from seqattn.calibrate import CalibrationBatch, Shape, calibrate, calibration_shapes, lasting, measure
-from seqattn.constants import Chip, load_constants, path_of, save_constants
+from seqattn.constants import Chip, load_constants, path_of, save_constants, scaled
 from seqattn.cuda_steps import CudaSteps
 from seqattn.device import Device, Heads
 from seqattn.errors import BadValueError, TensorError
@@ -50,7 +51,7 @@ class FakeDevice:
 
 def measured(noise: float, count: int = 24, **options: object) -> list[Measured]:
     shapes = calibration_shapes(count, 1 << 17)
-    return measure(shapes, FakeDevice(noise), has_fa3=True, **options)  # type: ignore[arg-type]
+    return measure(shapes, FakeDevice(noise), **({"has_fa3": True} | options))  # type: ignore[arg-type]
 
 
 def test_the_fit_finds_planted_constants() -> None:
@@ -165,7 +166,9 @@ def with_a_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("SEQATTN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(command_line, "_chip", lambda _number: CHIP)
     monkeypatch.setattr(command_line, "find_spec", lambda name: name)
-    monkeypatch.setattr(command_line, "_measured", lambda _options, _heads, _chip: measured(0.01, 12))
+    monkeypatch.setattr(fa3_sources, "why_fa3_cannot_be_used", lambda: None)
+    monkeypatch.delenv("SEQATTN_FA3", raising=False)
+    monkeypatch.setattr(command_line, "_measured", lambda *_, has_fa3: measured(0.01, 12, has_fa3=has_fa3))
     return path_of(CHIP.name)
 
 
@@ -182,6 +185,20 @@ def test_constants_are_measured_saved_and_shown(
     assert found.fa3.token_ns == pytest.approx(21.0, rel=0.15)
     assert run(monkeypatch, "--show") == 0
     assert f"{found.fa3.token_ns:.4g}" in capsys.readouterr().out
+
+
+def test_fa3_that_is_turned_off_is_neither_measured_nor_used(
+    monkeypatch: pytest.MonkeyPatch, with_a_device: Path, capsys: Output
+) -> None:
+    for word, reason, why in (("off", None, "it is turned off in the environment"), ("", "no compiler", "no compiler")):
+        monkeypatch.setenv("SEQATTN_FA3", word)
+        monkeypatch.setattr(fa3_sources, "why_fa3_cannot_be_used", lambda: reason)  # noqa: B023  called at once
+        assert run(monkeypatch) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"fa3 is not measured: {why}; these constants will not use it" in said
+        found = load_constants(with_a_device, CHIP)
+        assert not found.has_fa3
+        assert found.fa3.token_ns == pytest.approx(scaled(CHIP).fa3.token_ns), "as it was"
 
 
 def test_another_file_can_be_written_and_shown(

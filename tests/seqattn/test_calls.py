@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -22,7 +22,8 @@ from seqattn.attention.views import Spans
 from seqattn.cache import PagedKVCacheManager
 from seqattn.device import Device, Groups, Heads
 from seqattn.hybrid import pack_hybrid
-from tests.seqattn.truth import FOREST, Batch, batch_of, batches, dense_attention, fill, pack
+from seqattn.packed import FlashInferHybridData, HybridLevel
+from tests.seqattn.truth import FOREST, Batch, batch_of, batches, dense_attention, fill, int32, pack
 
 HEADS_EACH, NUM_KV_HEADS, HEAD_DIM = 2, 2, 4
 
@@ -88,7 +89,10 @@ def check(
     work: Work | None = None,
     larger: Batch | None = None,
 ) -> None:
-    """Computes a batch call by call; `work` may be one with rows of padding behind the batch's, as in `larger`."""
+    """Computes a batch call by call; `work` may be one with rows of padding behind the batch's, as in `larger`.
+
+    No call has a group without rows or pages, but for padding; one that decodes has the caller's queries as they are.
+    """
     larger = larger or batch
     shape = (sum(larger.query_lens), NUM_KV_HEADS * HEADS_EACH, HEAD_DIM)
     q = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -99,6 +103,10 @@ def check(
         first = call.first_query
         mine = q[: call.num_rows] if first is None else queries[first : first + call.num_rows]
         assert call.first_part == sum(len(out) for out, _ in found)
+        if larger is batch:
+            assert (np.diff(call.qo_indptr) > 0).all()
+            assert (np.diff(call.kv_page_indptr) > 0).all()
+        assert call.kernel != "decode" or first is None
         found.append(computed(call, mine, manager, batch.page_size))
         assert {getattr(call, name).dtype for name in ("qo_indptr", "kv_page_indptr", "kv_last_page_len")} == {
             np.dtype(np.int32)
@@ -129,6 +137,25 @@ def test_calls_and_codes_are_dense_attention(batch: Batch, causal: bool, data: s
     check(plan, choices, manager, batch, causal)
 
 
+@pytest.mark.parametrize("kernel", ["fa2", "fa3"])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]], ids=["the caller's order", "another order"])
+def test_groups_without_rows_or_pages_are_left_out(kernel: Literal["fa2", "fa3"], order: list[int]) -> None:
+    """Two sequences on pages 0 and 1, one that shares none, and one without rows on page 2."""
+    shared = HybridLevel(int32(0, 3, 4, 4), int32(0, 2, 2, 3), int32(0, 1, 2), int32(4, 0, 4))
+    own = HybridLevel(int32(0, 1, 3, 4, 4), int32(0, 1, 2, 3, 4), int32(3, 4, 5, 6), int32(4, 3, 2, 1))
+    tables, last, rows = [[0, 1, 3], [0, 1, 4], [5], [2, 6]], [4, 3, 2, 1], [1, 2, 1, 0]
+    places = np.argsort(order).tolist()
+    batch = batch_of([tables[i] for i in places], [last[i] for i in places], 4, [rows[i] for i in places])
+    manager = PagedKVCacheManager(7, 4, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
+    fill(manager, batch, 0)
+    plan = plan_batch(manager, FlashInferHybridData((shared, own), torch.tensor(order)), None, causal=True)
+    choices = [Choice(kernel), Choice("fa2")]
+    check(plan, choices, manager, batch, True)
+    upper, lower = work_of(plan, choices, HEADS_EACH, 4).calls
+    assert (len(upper.kv_last_page_len), upper.kv_page_indices.tolist()) == (1, [0, 1])
+    assert (len(lower.kv_last_page_len), lower.kv_page_indices.tolist()) == (3, [3, 4, 5])
+
+
 def test_the_lengths_of_a_call_are_those_of_its_lists() -> None:
     call = work_of_own(2, 1, 3)
     assert call.lens(16).tolist() == [32, 16, 48]
@@ -157,9 +184,9 @@ def test_the_picture_of_the_calls() -> None:
 
 def in_line(*prefix: int, num_sequences: int = 3, page_size: int = 256, last: int | None = None) -> Work:
     """Sequences that share these pages, in two slices of fa3; checked to be dense attention."""
-    own = [[900 + i] for i in range(num_sequences)]
+    own = [[1100 + i] for i in range(num_sequences)]
     batch = batch_of([[*prefix, *pages] for pages in own], [last or 7] * num_sequences, page_size, [1] * num_sequences)
-    manager = PagedKVCacheManager(1000, page_size, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
+    manager = PagedKVCacheManager(1100 + num_sequences, page_size, NUM_KV_HEADS, HEAD_DIM, torch.float32, "cpu")
     fill(manager, batch, 0)
     plan, choices = plan_of(batch, manager), [Choice("fa3", 2), Choice("decode")]
     work = work_of(plan, choices, HEADS_EACH, page_size, has_spans=True)
@@ -180,6 +207,14 @@ def test_other_lists_are_read_page_by_page() -> None:
     for prefix in ((5, 6, 7, 9, 10), (9, 8, 7, 6, 5), (5, 6, 8, 7, 9), (0, 2, 4, 6, 8)):
         assert in_line(*prefix).calls[0].span is None
     assert in_line(*range(5, 12), page_size=16).calls[0].span is None, "slices too short to be worth it"
+
+
+def test_the_longest_slice_decides_whether_a_list_is_read_as_one_array() -> None:
+    """1,023 tokens in two slices are 511 and 512, from which on an array is faster."""
+    assert in_line(*range(1022), page_size=1, last=1).calls[0].span is None
+    call = in_line(*range(1023), page_size=1, last=1).calls[0]
+    assert call.span == (0, 1023)
+    assert call.kv_page_indptr.tolist() == [0, 511, 1023]
 
 
 def test_several_lists_are_read_page_by_page() -> None:

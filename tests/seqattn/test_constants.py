@@ -127,6 +127,14 @@ def test_a_broken_file_is_refused(tmp_path: Path, text: str) -> None:
         constants_for(CHIP, version=VERSION, environ=environ)
 
 
+def test_constants_without_fa3_serve_a_device_that_has_it_and_not_the_other_way_round(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path)
+    assert not load_constants(path, evolve(CHIP, has_fa3=True), version=VERSION).has_fa3
+    change(path, constants=json.loads(path.read_text())["constants"] | {"has_fa3": True})
+    with pytest.raises(ConstantsError, match="for 108 multiprocessors with fa3, not Chip"):
+        load_constants(path, CHIP, version=VERSION)
+
+
 def test_constants_of_another_device_of_that_name_are_refused(tmp_path: Path) -> None:
     path, _ = saved(tmp_path)
     with pytest.raises(ConstantsError, match="108 multiprocessors"):

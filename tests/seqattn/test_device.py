@@ -90,6 +90,7 @@ def test_short_lists_of_single_rows_have_a_kernel_of_their_own() -> None:
     assert not kind(128, 161, 128), "the others wait for the longest"
     assert not kind(7, 16, 16), "too few for a device"
     assert not kind(64, 16, 16, Heads(64, 8)), "not measured"
+    assert not kind(64, 16, 16, Heads(32, 8, 64)), "likewise"
     assert not kind(64, 144, 144, Heads(32, 8))
     assert kind(166, 144, 144, Heads(16, 4)), "half the KV heads take twice the lists"
     assert not kind(165, 144, 144, Heads(16, 4))

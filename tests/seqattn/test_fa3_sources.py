@@ -22,7 +22,7 @@ from seqattn.attention.fa3_sources import (
     without_early_arrival,
 )
 from seqattn.device import Device
-from seqattn.errors import SeqAttnError
+from seqattn.errors import BadValueError, SeqAttnError
 
 BARRIER = """(NUM_MMA_THREADS,
                                     cutlass::arch::ReservedNamedBarriers::EpilogueBarrier);
@@ -251,9 +251,21 @@ def test_a_flashinfer_that_is_built_in_another_way_is_named(installed: Installed
         mended(lambda *_: object(), Path("/headers"))("fa3")
 
 
-def test_fa3_can_be_turned_off(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SEQATTN_FA3", "off")
+@pytest.mark.parametrize("word", ["off", "0", "no", "False", " OFF "])
+def test_fa3_can_be_turned_off(installed: Installed, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    monkeypatch.setenv("SEQATTN_FA3", word)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not sound_costs(Device()).has_fa3
     assert installed.prefill.gen_batch_prefill_module == installed.generate
+
+
+def test_a_word_that_is_neither_on_nor_off_is_refused(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+    for word in ("", "on", "1", "Yes"):
+        monkeypatch.setenv("SEQATTN_FA3", word)
+        assert sound_costs(Device()).has_fa3
+    monkeypatch.setenv("SEQATTN_FA3", "of")
+    with pytest.raises(BadValueError, match="SEQATTN_FA3 is 'of' in the environment: it must be 'off' or 'on'"):
+        sound_costs(Device())
+    assert not sound_costs(evolve(Device(), has_fa3=False)).has_fa3, "nobody asks where there is none"
+    assert installed.num_cleared

@@ -1,9 +1,8 @@
-"""Decode steps on the CPU, where nothing is captured: the same calls, the same results, the same errors."""
+"""Decode steps on the CPU, where nothing is captured, or fails: the same calls, the same results, the same errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +12,11 @@ import torch
 
 from seqattn import CacheDescriptor, DecodeGraphs, DecodeStep, PagedAttention, PagedKVCacheManager
 from seqattn.attention.calls import Choice, Work, work_of
-from seqattn.attention.captured import CapturedStep
 from seqattn.attention.fixed import StepForm
 from seqattn.attention.plan import BatchPlan, plan_batch
 from seqattn.errors import BadValueError, LengthError, PageError, SharedPageError, TensorError
 from seqattn.hybrid import pack_hybrid
+from seqattn.packed import FlashInferHybridData, HybridLevel
 
 NUM_LAYERS, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 2, 4, 2, 8, 4
 
@@ -170,6 +169,12 @@ def many_queries(engine: Engine) -> None:
     engine.graphs.replay(data, inputs(3, 0))
 
 
+def no_queries(engine: Engine) -> None:
+    tensors = ([0, 0, 0], [0, 1, 2], [3, 4], [2, 2])
+    level = HybridLevel(*(torch.tensor(values, dtype=torch.int32) for values in tensors))
+    engine.graphs.replay(FlashInferHybridData((level,), torch.arange(2)), inputs(0, 0))
+
+
 def other_data(engine: Engine) -> None:
     engine.graphs.replay([[1, 2]], inputs(3, 0))  # type: ignore[arg-type]
 
@@ -182,6 +187,7 @@ def other_data(engine: Engine) -> None:
         (no_rows, TensorError, r"tensor of 3 rows, one a sequence, not shape \[\]"),
         (elsewhere, TensorError, "an input is on meta but the cache on cpu"),
         (many_queries, LengthError, "one query row for each sequence"),
+        (no_queries, LengthError, "one query row for each sequence"),
         (other_data, TensorError, "plan needs"),
     ],
 )
@@ -190,6 +196,13 @@ def test_a_bad_step_is_refused(call: Callable[[Engine], None], error: type[Excep
     engine.descriptor.allocate_decoding(engine.ids)
     with pytest.raises(error, match=message):
         call(engine)
+
+
+def test_a_batch_without_sequences_has_no_rows() -> None:
+    engine = Engine()
+    for pack in (engine.descriptor.pack_for_flashinfer, engine.descriptor.pack_hybrid_for_flashinfer):
+        out, total = engine.graphs.replay(pack([]), inputs(0, 0))
+        assert (out.shape, total.shape) == ((0, NUM_QO_HEADS, HEAD_DIM), (0,))
 
 
 @pytest.mark.parametrize(
@@ -274,58 +287,102 @@ def test_graphs_of_memory_that_was_replaced_are_not_replayed(name: str, monkeypa
     assert len(found.captured) == 3
 
 
-class FakeStream:
-    """Notes which streams it waits for."""
+class Failing:
+    """An engine on the CPU that captures as on a device; a capture writes what a warm-up may have, then fails."""
 
-    def __init__(self) -> None:
-        self.waited: list[FakeStream] = []
+    def __init__(self, error: Exception) -> None:
+        self.engine, self.error, self.num_tries = Engine(), error, 0
+        graphs: Any = self.engine.graphs
+        choices = [Choice("fa3"), Choice("decode")]
+        work: Any = lambda plan: work_of(plan, choices[-len(plan.levels) :], 2, PAGE_SIZE)  # noqa: E731
+        graphs._backend, graphs._on = SimpleNamespace(work=work), ("pool", "stream")
+        graphs._recorded = self.recorded
+        self.graphs = graphs
 
-    def wait_stream(self, other: FakeStream) -> None:
-        self.waited.append(other)
+    def recorded(self, _: StepForm, __: object, ___: Work, places: Any, rows: list[torch.Tensor]) -> None:  # noqa: ANN401  an array
+        self.num_tries += 1
+        step = DecodeStep(self.engine.manager, torch.from_numpy(places), lambda q, _: q * 7, None)
+        self.engine.model(step, *rows)
+        raise self.error
 
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What a capture calls of CUDA: a current stream, and the stream that each graph was recorded on."""
-    found = SimpleNamespace(main=FakeStream(), recorded=[], is_recording=False)
-
-    @contextmanager
-    def graph(_: object, *, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
-        assert capture_error_mode == "thread_local", "other threads may go on"
-        found.recorded.append((pool, stream))
-        found.is_recording = True
-        yield
-        found.is_recording = False
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: found.main)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    return found
+    def step(self, pack: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.graphs.replay(pack(self.engine.ids), hidden)[0]
+        return out
 
 
-def captured() -> Any:  # noqa: ANN401  a step without what needs a device
-    step: Any = object.__new__(CapturedStep)
-    step._backend, step._inputs, step._write = SimpleNamespace(device="cuda:1"), [], lambda *_: None
-    return step
+@pytest.mark.parametrize("hybrid", [False, True], ids=["plain", "hybrid"])
+def test_after_a_capture_that_fails_steps_are_right_without_graphs(
+    hybrid: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    found, other = Failing(torch.cuda.OutOfMemoryError("out of memory")), Engine()
+    engine, descriptor = found.engine, found.engine.descriptor
+    found.graphs._steps["another form"] = object()
+    for seed in range(4):
+        for each in (engine, other):
+            each.descriptor.allocate_decoding(each.ids)
+        pack: Any = lambda ids: descriptor.pack_hybrid_for_flashinfer(ids, cost_model=None)  # noqa: E731
+        out = found.step(pack if hybrid else descriptor.pack_for_flashinfer, inputs(3, seed))
+        assert torch.allclose(out, other.by_hand(inputs(3, seed)), atol=1e-5)
+        for a, b in zip(engine.manager.get_memory_tensors(), other.manager.get_memory_tensors(), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+    assert [record.getMessage() for record in caplog.records] == [
+        "decoding goes on without CUDA graphs: a capture failed: out of memory"
+    ]
+    found.graphs.capture(inputs(1, 0))
+    assert (found.num_tries, found.graphs.num_eager, found.graphs.num_replays) == (1, 4, 0)
+    assert not found.graphs.captures
+    assert not found.graphs._steps, "what is not replayed any more holds no memory"
 
 
-def test_graphs_are_recorded_on_the_stream_that_they_are_given(cuda: SimpleNamespace) -> None:
-    """Not on torch's own, which may be another device's and record nothing."""
-    stream, seen = FakeStream(), []
-    captured().capture(lambda *_: seen.append(cuda.is_recording), ("pool", stream), None, None, [])
-    assert cuda.recorded == [("pool", stream)]
-    assert seen == [False, True]
-    assert (stream.waited, cuda.main.waited) == ([cuda.main], [stream])
+def test_of_captures_ahead_none_follows_one_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    found = Failing(RuntimeError("out of memory"))
+    found.graphs.capture(inputs(1, 0))
+    assert (found.num_tries, len(caplog.records)) == (1, 1)
 
 
-def test_a_model_that_fails_leaves_no_launches_that_nobody_waits_for(cuda: SimpleNamespace) -> None:
-    def model(*_: object) -> None:
+def test_a_prompt_in_one_piece_is_not_captured_page_by_page_where_its_own_graph_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found, tries = Captures(monkeypatch), []
+    monkeypatch.undo()
+    graphs: Any = found.graphs
+
+    def fails(form: StepForm, *_: object) -> None:
+        tries.append(form.calls[0].span)
         raise RuntimeError("out of memory")
 
-    stream = FakeStream()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        captured().capture(model, ("pool", stream), None, None, [])
-    assert cuda.main.waited == [stream]
-    assert not cuda.recorded
+    graphs._recorded, graphs._on, graphs._capture_after = fails, ("pool", "stream"), 32
+    assert [found.used(5) for _ in range(40)] == ["eager"] * 40
+    assert tries == [(5, 3)]
+    assert len(caplog.records) == 1
+
+
+def test_a_mistake_of_the_model_is_raised_whether_or_not_it_is_captured(caplog: pytest.LogCaptureFixture) -> None:
+    found = Failing(RuntimeError("shapes cannot be multiplied"))
+    graphs, descriptor = found.graphs, found.engine.descriptor
+    descriptor.allocate_decoding(found.engine.ids)
+    found.step(descriptor.pack_for_flashinfer, inputs(3, 0))
+
+    def model(*_: object) -> None:
+        raise found.error
+
+    graphs.model = model
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        found.step(descriptor.pack_for_flashinfer, inputs(3, 0))
+    assert (found.num_tries, len(caplog.records)) == (1, 1)
+
+
+@pytest.mark.parametrize("error", [TensorError("keys are float16"), LengthError("layer 2"), TypeError(), KeyError("x")])
+def test_what_is_not_of_cuda_reaches_the_caller_from_a_capture(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = Failing(error)
+    pack = found.engine.descriptor.pack_for_flashinfer
+    found.engine.descriptor.allocate_decoding(found.engine.ids)
+    found.step(pack, inputs(3, 0))
+    for _ in range(2):
+        with pytest.raises(type(error)) as caught:
+            found.step(pack, inputs(3, 0))
+        assert caught.value is error
+    assert found.graphs.captures
+    assert not caplog.records

@@ -1,7 +1,9 @@
-"""Which graphs the layers of a decode step go through, with stand-ins for what needs a device."""
+"""Which graphs the layers of a decode step go through, and how graphs are recorded; stand-ins for a device."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +11,8 @@ import pytest
 import torch
 
 from seqattn import CacheDescriptor, DecodeStep, PagedAttention, PagedKVCacheManager
+from seqattn.attention.calls import Choice, work_of
+from seqattn.attention.captured import CapturedStep
 from seqattn.attention.layers import LayerGraphs, LayerStep, _Layer
 from seqattn.errors import LengthError, SharedPageError, TensorError
 
@@ -149,8 +153,69 @@ def test_after_a_capture_that_fails_steps_go_on_without(caplog: pytest.LogCaptur
     descriptor = CacheDescriptor(manager)
     descriptor.allocate(["a", "b"], [5, 2])
     graphs = LayerGraphs(PagedAttention(manager, HEADS), [8], max_tokens=32)
-    graphs._graphs._fitting = failing  # type: ignore[method-assign]
-    for _ in range(3):
+    forms: Any = graphs._graphs
+    forms._backend = SimpleNamespace(work=lambda plan: work_of(plan, [Choice("decode")], 2, 4))
+    forms._on, forms._recorded = ("pool", "stream"), failing
+    for _ in range(4):
         assert isinstance(graphs.begin(descriptor.pack_for_flashinfer(["a", "b"])), DecodeStep)
-    assert len(caplog.records) == 1
-    assert (graphs.num_replays, graphs.num_eager) == (0, 3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "decoding goes on without CUDA graphs: a capture failed: out of memory"
+    ]
+    assert (graphs.num_captures, graphs.num_replays, graphs.num_eager) == (0, 0, 4)
+
+
+class FakeStream:
+    """Notes which streams it waits for."""
+
+    def __init__(self) -> None:
+        self.waited: list[FakeStream] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waited.append(other)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What a capture calls of CUDA: a current stream, and the stream that each graph was recorded on."""
+    found = SimpleNamespace(main=FakeStream(), recorded=[], is_recording=False)
+
+    @contextmanager
+    def graph(_: object, *, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local", "other threads may go on"
+        found.recorded.append((pool, stream))
+        found.is_recording = True
+        yield
+        found.is_recording = False
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: found.main)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    return found
+
+
+def captured() -> Any:  # noqa: ANN401  a step without what needs a device
+    step: Any = object.__new__(CapturedStep)
+    step._backend, step._inputs, step._write = SimpleNamespace(device="cuda:1"), [], lambda *_: None
+    return step
+
+
+def test_graphs_are_recorded_on_the_stream_that_they_are_given(cuda: SimpleNamespace) -> None:
+    """Not on torch's own, which may be another device's and record nothing."""
+    stream, seen = FakeStream(), []
+    captured().capture(lambda *_: seen.append(cuda.is_recording), ("pool", stream), None, None, [])
+    assert cuda.recorded == [("pool", stream)]
+    assert seen == [False, True]
+    assert (stream.waited, cuda.main.waited) == ([cuda.main], [stream])
+
+
+def test_a_model_that_fails_leaves_no_launches_that_nobody_waits_for(cuda: SimpleNamespace) -> None:
+    def model(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    stream = FakeStream()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        captured().capture(model, ("pool", stream), None, None, [])
+    assert cuda.main.waited == [stream]
+    assert not cuda.recorded

@@ -96,3 +96,19 @@ def test_a_batch_that_is_refused_leaves_what_was_kept() -> None:
     assert all(
         a is b for a, b in zip(first.levels[:-1], planner.plan(data, None, causal=True).levels[:-1], strict=True)
     )
+
+
+def test_query_lens_are_compared_with_those_of_the_pack_in_every_plan() -> None:
+    """Also where the rows of a batch are known from the plan before."""
+    manager, descriptor = made(4)
+    planner = Planner(manager)
+    data = descriptor.pack_hybrid_for_flashinfer(range(4))
+    first = planner.plan(data, None, causal=True)
+    assert first.rows is not None
+    for wrong in ([1, 1, 1, 2], [2, 0, 1, 1]):
+        with pytest.raises(LengthError, match="differ from those it was packed with"):
+            planner.plan(data, wrong, causal=True)
+    with pytest.raises(LengthError, match="one integer for each of 4 sequences"):
+        planner.plan(data, [1, 1, 1], causal=True)
+    assert planner.plan(data, None, causal=True).rows is first.rows, "a refusal leaves what was kept"
+    assert same(planner.plan(data, [1, 1, 1, 1], causal=True), first)

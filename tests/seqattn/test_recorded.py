@@ -116,6 +116,8 @@ WERE_SLOWER = {
     "(2, 992, 8, 160, 256) for 32_seed101": 0.05,
     "(8, 2192, 400)_uneven103": 0.05,
 }
+#: flashinfer's cascade took 1.9 times as long as ours at least, but here
+LESS_AHEAD = {"(512, 43872, 144)_scattered": 1.717}
 
 
 class Recorded:
@@ -233,6 +235,6 @@ def test_the_planner_is_right_in_most_cases() -> None:
 def test_the_recorded_steps_were_right_and_no_slower_than_others(row: dict[str, Any]) -> None:
     """Those of other kernels for short lists were slower than plain attention, by up to 78 %."""
     assert row["error"] <= 1e-2
-    assert row["ours_us"] <= row["cascade_us"] / 1.6
+    assert row["cascade_us"] / row["ours_us"] >= LESS_AHEAD.get(row["id"], 1.9)
     if row["as_now"]:
         assert row["ours_us"] <= (1 + WERE_SLOWER.get(row["id"], 0.02)) * row["plain_us"]
