@@ -69,6 +69,7 @@ def gpu_parts() -> dict[str, str]:
         "gpu_uneven": _table(uneven.rows),
         "gpu_fresh_uneven": _table(fresh_uneven.rows),
         "gpu_summary": _summary(known, fresh, ragged, uneven, fresh_uneven),
+        "gpu_append": _append(),
         "gpu_steps": _steps(_recorded_steps()),
         "gpu_forks": _forks(_recorded_steps()),
     }
@@ -151,6 +152,25 @@ def _summary(known: Recorded, fresh: Recorded, ragged: Recorded, uneven: Recorde
         f"batch of 256, the choice alone {min(again):.0f} to {max(again):.0f} µs in the steps that follow."
     )
     return "\n".join(lines)
+
+
+def _append() -> str:
+    """New turns over a shared prompt: the kernels that read it for each sequence, and levels."""
+    lines = (RESULTS / "gpu_append_h200.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    titles = (
+        "sequences, shared tokens, new tokens of each",
+        "fa2 µs",
+        "fa3 µs",
+        "ours µs",
+        "against the faster",
+        "error",
+    )
+    table = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
+    for row in map(json.loads, lines):
+        plain, ours = [row["plain_fa2_us"], row["plain_fa3_us"]], row["ours_us"]
+        times = " | ".join(f"{us:.1f}" for us in (*plain, ours))
+        table.append(f"| {row['name']} | {times} | {min(plain) / ours:.2f}{TIMES} | {row['ours_error']:.1e} |")
+    return "\n".join(table)
 
 
 def _steps(steps: Rows) -> str:

@@ -60,7 +60,8 @@ class KernelCost:
         token_ns: a tile over one token.
         bytes_per_s: rate of reading from memory.
         reread_bytes_per_s: rate of reading what another block has just read.
-        part_ns: a row of the partial results that a split leaves, written and merged.
+        part_ns: a row of the partial results that a split leaves, written and merged; all rows here are those of 32
+            query heads of 128 elements, and others take time by their elements.
         row_ns: a row that they belong to.
         mix: how computing and reading go together: 1 adds them, more comes near the larger of the two.
     """

@@ -11,6 +11,7 @@ fill up what a last round of equal ones would leave. Of decode and fa2 two block
 that outlasts the others does not go faster for that.
 
 `reading` is memory traffic: tokens that no block has read yet come from memory, those read again from the L2 cache.
+What is written, merged or laid out row by row takes time by the elements of a row.
 A plain step is its one call and a start. Otherwise the calls run at the same time, the coarsest level first:
 
     work   = sum of (body * share of the multiprocessors that it fills), and all of the last level
@@ -39,10 +40,12 @@ if TYPE_CHECKING:
 
     FloatArray = npt.NDArray[np.float64]
 
-__all__ = ["ARRAYS", "NUMBERS", "bodies_of", "body_of", "one_by_one", "step_us"]
+__all__ = ["ARRAYS", "NUMBERS", "ROW", "bodies_of", "body_of", "one_by_one", "step_us"]
 
 #: how fast blocks of different lengths come to fill a last round up: the power of their mean over the longest
 _FILLED_UP = 4
+#: elements of a row of results, or of a query row, for which moving one was measured: 32 heads of 128
+ROW = 32 * 128
 #: one number, or an array of them
 Value = Any
 #: several of them, or an array of all
@@ -100,11 +103,12 @@ def body_of(
     reading = (new / rate + again / again_rate) * 1e6
     body = (computing**mix + reading**mix) ** (1 / mix)
     flow = (flowing**mix + reading**mix) ** (1 / mix)
-    post = (parts * part_ns + split_rows * row_ns) / 1e3
+    row = heads.num_qo_heads * heads.head_dim / ROW
+    post = (parts * part_ns + split_rows * row_ns) * row / 1e3
     filled = blocks / (each * device.num_processors)
     wave = flow / by.where(is_fa3, each, by.ceil(each / 2))
     held = by.minimum(blocks * (1 + is_fa3), 2 * device.num_processors)
-    merge = (results * device.result_ns + gathered * device.gathered_ns) / 1e3
+    merge = (results * device.result_ns + gathered * device.gathered_ns) * row / 1e3
     chain = wave_us + longest * token_us * (2 - is_fa3)
     return body, post, filled, wave, held, merge, is_fa3, blocks, flowing, reading, mix, flow, chain
 

@@ -12,7 +12,7 @@ from seqattn.device import Device, Groups, Heads
 from seqattn.fit import Measured, predict
 from seqattn.load import Cut
 from seqattn.one_load import Lists
-from seqattn.steps import one_by_one
+from seqattn.steps import NUMBERS, body_of, one_by_one
 from seqattn.ways import Ways, best_slices
 
 heads = st.sampled_from([Heads(), Heads(32, 32), Heads(8, 1), Heads(4, 2, 64)])
@@ -76,3 +76,13 @@ def test_what_is_not_alike_is_left_to_numpy() -> None:
         assert best_slices(device, heads, [level, other], last) is None
         assert device.best([other], heads, last) == device.ways(Cut.of([other, last]), [1], heads)[0]
     assert best_slices(device, heads, [level], evolve(last, rows=np.array([1] * 7 + [2]))) is None, "rows that differ"
+
+
+def test_rows_that_are_written_and_merged_take_time_by_their_elements() -> None:
+    load = (100, 51_200, 512, 64, 32, 256, 128, 1e6, 1e5)
+    for column in Device().columns:
+        usual = body_of(Device(), column, 0, load, Heads(32, 8, 128), NUMBERS)
+        for heads, share in ((Heads(8, 1, 128), 0.25), (Heads(32, 8, 64), 0.5), (Heads(64, 8, 128), 2.0)):
+            found = body_of(Device(), column, 0, load, heads, NUMBERS)
+            assert (found[1], found[5]) == (pytest.approx(share * usual[1]), pytest.approx(share * usual[5]))
+            assert heads.head_dim != 128 or found[0] == usual[0], "blocks know nothing of that"
