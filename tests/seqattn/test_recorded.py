@@ -32,8 +32,8 @@ def recorded(name: str) -> list[dict[str, Any]]:
     return [row | more | {"id": f"{row['name']}{name}"} for row in rows]
 
 
-#: shapes of the design and some drawn from seeds: prompts in one piece, sequences of different lengths, pages scattered;
-#: the last ones with eight query heads on one KV head
+#: shapes of the design and some drawn from seeds: prompts in one piece, sequences of different lengths, pages
+#: scattered; the last ones with eight query heads on one KV head
 NAMES = (
     "", "_seed41", "_ragged", "_scattered", "_seed11", "_seed23", "_seed37", "_seed53", "_ragged59", "_seed61",
     "_uneven", "_uneven71", "_seed83", "_uneven79", "_seed89", "_uneven97", "_seed101", "_uneven103",
