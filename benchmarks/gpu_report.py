@@ -146,10 +146,12 @@ def _summary(known: Recorded, fresh: Recorded, ragged: Recorded, uneven: Recorde
         f"{1 / min(line) - 1:.0%}."
     )
     planner = [row["planner_us"] + row["forest_us"] for row in known.rows if row["shape"][0] == 256]
+    packs = [row["pack_us"] for row in known.rows if row["shape"][0] == 256]
     again = [row["planner_again_us"] for row in known.rows if row["shape"][0] == 256]
     lines.append(
         f"- Finding the shared runs and choosing takes the CPU {min(planner):.0f} to {max(planner):.0f} µs for a new "
-        f"batch of 256, the choice alone {min(again):.0f} to {max(again):.0f} µs in the steps that follow."
+        f"batch of 256, the choice alone {min(again):.0f} to {max(again):.0f} µs in the steps that follow; all of packing "
+        f"that batch from its page tables, by `pack_hybrid`, {min(packs):.0f} to {max(packs):.0f} µs."
     )
     return "\n".join(lines)
 
