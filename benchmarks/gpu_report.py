@@ -150,8 +150,8 @@ def _summary(known: Recorded, fresh: Recorded, ragged: Recorded, uneven: Recorde
     again = [row["planner_again_us"] for row in known.rows if row["shape"][0] == 256]
     lines.append(
         f"- Finding the shared runs and choosing takes the CPU {min(planner):.0f} to {max(planner):.0f} µs for a new "
-        f"batch of 256, the choice alone {min(again):.0f} to {max(again):.0f} µs in the steps that follow; all of packing "
-        f"that batch from its page tables, by `pack_hybrid`, {min(packs):.0f} to {max(packs):.0f} µs."
+        f"batch of 256, the choice alone {min(again):.0f} to {max(again):.0f} µs in the steps that follow; all of "
+        f"packing that batch from its page tables, by `pack_hybrid`, {min(packs):.0f} to {max(packs):.0f} µs."
     )
     return "\n".join(lines)
 
