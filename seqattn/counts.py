@@ -47,6 +47,7 @@ def one_each(name: str, values: Sequence[int] | npt.NDArray[np.integer], num_seq
         array: npt.NDArray[Any] = np.asarray(values)
     except ValueError:  # lists of different lengths
         array = np.empty((0, 0))
-    if array.shape != (num_sequences,) or (array.dtype.kind not in "iu" and num_sequences):
+    is_int64 = np.can_cast(array.dtype, np.int64)
+    if array.shape != (num_sequences,) or (not (is_int64 and array.dtype.kind in "iu") and num_sequences):
         raise LengthError(f"{name} must be one integer for each of {num_sequences} sequences, not {values!r}")
     return array.astype(np.int64, copy=False)

@@ -14,12 +14,17 @@ import pytest
 import torch
 
 from benchmarks import gpu_about, gpu_append, gpu_attention, gpu_step
-from benchmarks.gpu_report import Recorded
+from benchmarks.gpu_promises import Kept, _at_least, _at_most, _error, _of_host, _share, in_table
+from benchmarks.gpu_report import Recorded, _promises
 from tests.gpu.batches import relative_error
 
 SCRIPTS = ["gpu_append", "gpu_attention", "gpu_step"]
 CLOCKS = "clocks MHz, SM and memory"
 SAID = "580.159.04, 1980, 3201\n"
+
+
+def host(batch: int, documents: int, us: float) -> dict[str, Any]:
+    return {"shape": [batch, 1, 1024, documents, 0, 64], "forest_us": us / 2, "planner_us": us / 2}
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, script: str, *given: str) -> None:
@@ -232,3 +237,32 @@ def test_a_row_of_new_turns_has_every_way(tmp_path: Path, monkeypatch: pytest.Mo
     for way in ("plain_fa2", "plain_fa3", "ours", "every_run"):
         assert row[f"{way}_us"] == 10
         assert (row[f"{way}_error"] < 1e-2) == (not way.startswith("plain")), "the stand-in computes nothing"
+
+
+@pytest.mark.parametrize(
+    ("promise", "is_kept"),
+    [
+        (_at_least("a", 2.0, 2.0), True), (_at_least("a", 2.0, 1.99), False),
+        (_at_most("a", 2.0, 2.0), True), (_at_most("a", 2.0, 2.01), False),
+        (_share("a", 0.05, 0.05), True), (_share("a", 0.05, 0.051), False), (_share("a", 0.05, -0.1), True),
+        (_error("a", 1e-2, [{"error": 1e-3}, {"error": 1e-2}]), True),
+        (_error("a", 1e-2, [{"error": 1.1e-2}, {"error": 1e-3}]), False),
+        (next(_of_host([host(256, 1, 299), host(64, 1, 400), host(256, 4, 1)])), True),
+        (next(_of_host([host(256, 1, 100), host(256, 1, 301), host(256, 4, 1)])), False),
+    ],
+)  # fmt: skip
+def test_a_promise_is_kept_up_to_its_limit(promise: Kept, *, is_kept: bool) -> None:
+    assert promise.is_kept is is_kept
+    assert in_table([promise]).endswith(" yes |" if is_kept else " **no** |")
+
+
+def test_the_promises_that_are_not_kept_are_these() -> None:
+    """A run that loses another one, or wins one, is to be told of in words too."""
+    assert [promise.what for promise in _promises() if not promise.is_kept] == [
+        "against the cascade wrapper, the fixed shapes with 32 and 32 heads",
+        "planner behind the best choice, worst of 48 shapes that it had not seen",
+        "ours behind plain decode, worst of 48 shapes that it had not seen",
+        "planner, CPU time, a new batch of 256 with one prefix",
+        "planner, CPU time, a new batch of 256 with a forest",
+        "`plan` over flashinfer's by hand, a batch of which nothing is known, hybrid",
+    ]

@@ -253,6 +253,11 @@ def _backend_class(name: str) -> type[Any]:
 
 def _positive(name: str, value: float) -> float:
     # numpy's numbers are real ones too; its booleans and torch's tensors are not.
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    try:
+        number = float(value) if is_number else 0.0
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
         raise BadValueError(f"{name} must be a positive number, not {value!r}")
-    return float(value)
+    return number

@@ -171,7 +171,7 @@ class DecodeGraphs(Generic[Out]):
     def replay_if_captured(
         self, data: FlashInferPackedData | FlashInferHybridData, *inputs: torch.Tensor
     ) -> Out | None:
-        """`replay` if that takes a graph, captured now if its form was seen often enough; else None and no result."""
+        """`replay` if that takes a graph, captured now if it is due; else None: the step is still to be computed."""
         return self._replayed(*self._checked(data, inputs), inputs)
 
     def _replayed(self, plan: BatchPlan, places: Int32Array, inputs: Sequence[torch.Tensor]) -> Out | None:

@@ -110,8 +110,8 @@ ERRORS = {
     "(32, 80, 64)_uneven79": 0.31,
     "(8, 18576, 2112)_seed101": 0.25,
 }
-#: steps that took 2 % more than plain attention when they were recorded: with earlier constants, but for the last two,
-#: the second of which is plain attention
+#: steps that took 2 % more than plain attention when they were recorded: with earlier constants, but for the last two;
+#: some are plain attention, as it was measured another time
 WERE_SLOWER = {
     "(8, 4912, 576)_seed61": 0.07,
     "(2, 240, 8, 9952, 112) for 32_seed61": 0.03,

@@ -63,6 +63,7 @@ def test_short_lists_get_the_kernel_that_was_predicted(page_size: int) -> None:
     rng = np.random.default_rng(0)
     manager = PagedKVCacheManager(4, page_size, 8, 128, torch.bfloat16, "cpu")
     wrappers, heads = WrapperSet(manager, 32, 132, {}), Heads(32, 8)
+    others = WrapperSet(PagedKVCacheManager(4, page_size, 8, 64, torch.bfloat16, "cpu"), 32, 132, {})
     found = []
     for _ in range(400):
         count, most = int(rng.integers(1, 300)), int(rng.integers(2, 240))
@@ -76,6 +77,7 @@ def test_short_lists_get_the_kernel_that_was_predicted(page_size: int) -> None:
         load, _ = loads_of(Cut.of([Groups(np.ones(count, np.int64), lens, int(lens.sum()))]), heads, 132, SLICES)
         assert wrappers._is_short(call) == (load.kernel[0, 0] == SHORT)
         found.append(wrappers._is_short(call))
+        assert not others._is_short(call), "not measured with heads of 64"
     assert 50 < sum(found) < 350
 
 
