@@ -19,50 +19,37 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from benchmarks.gpu_about import about_run
+from benchmarks.gpu_batches import on_one_prompt, with_values
+from benchmarks.gpu_shapes import PAGE_SIZE, Shape, one_prefix
 from benchmarks.gpu_timing import device_us
-from seqattn import CacheDescriptor, PagedAttention, PagedKVCacheManager
+from seqattn import PagedAttention, PagedKVCacheManager
 from seqattn.packed import FlashInferHybridData
 from tests.gpu.batches import attend, relative_error
 from tests.seqattn.truth import Batch
 
-PAGE_SIZE, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_LAYERS = 16, 32, 8, 128, 4
+NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_LAYERS = 32, 8, 128, 4
 
 #: attention in one layer: its number, and the output
 Layer = Callable[[int], torch.Tensor]
 
 
-class Shape(NamedTuple):
-    """So many sequences on one prompt of so many tokens, with so many new tokens each; whole pages both."""
-
-    batch: int
-    num_shared: int
-    num_new: int
-
-    def __str__(self) -> str:
-        return f"({self.batch}, {self.num_shared}, {self.num_new})"
-
-    @property
-    def num_pages(self) -> int:
-        """Different pages."""
-        return (self.num_shared + self.batch * self.num_new) // PAGE_SIZE
-
-
+#: sequences, tokens of the prompt that they share, new tokens of each
 SHAPES = [
-    Shape(16, 8192, 16),
-    Shape(16, 8192, 128),
-    Shape(16, 8192, 512),
-    Shape(64, 8192, 16),
-    Shape(64, 8192, 64),
-    Shape(64, 8192, 256),
-    Shape(64, 1024, 64),
-    Shape(8, 32768, 128),
-    Shape(128, 4096, 32),
-    Shape(4, 2048, 64),
+    one_prefix(16, 8192, 16),
+    one_prefix(16, 8192, 128),
+    one_prefix(16, 8192, 512),
+    one_prefix(64, 8192, 16),
+    one_prefix(64, 8192, 64),
+    one_prefix(64, 8192, 256),
+    one_prefix(64, 1024, 64),
+    one_prefix(8, 32768, 128),
+    one_prefix(128, 4096, 32),
+    one_prefix(4, 2048, 64),
 ]
 
 
@@ -71,18 +58,12 @@ class Step:
 
     def __init__(self, shape: Shape, device: str = "cuda", backend: str = "flashinfer") -> None:
         self.shape = shape
-        sizes = (shape.num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, torch.bfloat16)
-        self.manager = PagedKVCacheManager(*sizes, device, num_layers=NUM_LAYERS)
-        for cache in self.manager.get_memory_tensors():
-            cache.normal_()
-        self.descriptor = CacheDescriptor(self.manager)
-        self.descriptor.allocate(["prompt"], [shape.num_shared])
-        self.ids = list(range(shape.batch))
-        for i in self.ids:
-            self.descriptor.fork("prompt", i)
-        self.query_lens = [shape.num_new] * shape.batch
-        self.descriptor.allocate(self.ids, self.query_lens)
-        num_rows = shape.batch * shape.num_new
+        num_pages = (shape.system_len + shape.batch * shape.own_len) // PAGE_SIZE
+        sizes = (num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, torch.bfloat16)
+        self.manager = with_values(PagedKVCacheManager(*sizes, device, num_layers=NUM_LAYERS))
+        self.ids, self.query_lens = list(range(shape.batch)), [shape.own_len] * shape.batch
+        self.descriptor = on_one_prompt(self.manager, shape.system_len, self.query_lens)
+        num_rows = shape.batch * shape.own_len
         self.q = torch.randn(num_rows, NUM_QO_HEADS, HEAD_DIM, device=device, dtype=self.manager.dtype)
         self.attention = PagedAttention(self.manager, NUM_QO_HEADS, backend=backend)
 
@@ -115,7 +96,7 @@ def plain_by_hand(step: Step, kernel: str) -> Layer:
     workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=q.device)
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=kernel)
     data = step.descriptor.pack_for_flashinfer(step.ids)
-    qo_indptr = torch.arange(shape.batch + 1, dtype=torch.int32) * shape.num_new
+    qo_indptr = torch.arange(shape.batch + 1, dtype=torch.int32) * shape.own_len
     tables = (qo_indptr, data.kv_page_indptr, data.kv_page_indices.to(q.device), data.kv_last_page_len)
     sizes = (NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE)
     wrapper.plan(*tables, *sizes, causal=True, q_data_type=manager.dtype, kv_data_type=manager.dtype)

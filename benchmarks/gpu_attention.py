@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_about import about_run
+from benchmarks.gpu_batches import with_values
 from benchmarks.gpu_shapes import KNOWN, PAGE_SIZE, RAGGED, UNEVEN, Shape, random_shapes, scattered, tables_of
 from benchmarks.gpu_timing import copy_rate, device_us, host_us, matrix_rate
 from seqattn import PagedAttention, PagedKVCacheManager
@@ -64,9 +65,7 @@ class Step:
         self.ones = np.ones_like(self.lens)
         num_pages = 1 + max(int(table.max()) for table in self.tables)
         sizes = (num_pages, PAGE_SIZE, num_kv_heads, head_dim, getattr(torch, options.dtype))
-        self.manager = PagedKVCacheManager(*sizes, "cuda", num_layers=NUM_LAYERS)
-        for cache in self.manager.get_memory_tensors():
-            cache.normal_()
+        self.manager = with_values(PagedKVCacheManager(*sizes, "cuda", num_layers=NUM_LAYERS))
         self.q = torch.randn(shape.batch, self.num_qo_heads, head_dim, device="cuda", dtype=self.manager.dtype)
         self.attention = PagedAttention(self.manager, self.num_qo_heads, backend="flashinfer")
         self.cost_model = self.attention.cost_model

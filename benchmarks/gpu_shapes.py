@@ -7,29 +7,30 @@ import numpy.typing as npt
 
 from seqattn.calibrate import PAGE_SIZE, Shape
 
-__all__ = ["KNOWN", "PAGE_SIZE", "RAGGED", "UNEVEN", "Shape", "random_shapes", "scattered", "tables_of"]
+__all__ = ["KNOWN", "PAGE_SIZE", "RAGGED", "UNEVEN", "Shape", "one_prefix", "random_shapes", "scattered", "tables_of"]
 
 #: tokens of KV in one layer that a random shape has at most: 1 GiB with 8 KV heads of 128 elements in 16 bits
 _MOST_TOKENS = 1 << 18
 
 
-def _prefix(batch: int, shared: int, own: int) -> Shape:
+def one_prefix(batch: int, shared: int, own: int) -> Shape:
+    """So many sequences on one prompt of so many tokens, each with so many of its own."""
     return Shape(batch, 1, shared, 1, 0, own)
 
 
 #: one shared prefix: (batch, shared, own tokens); forests: systems, tokens, documents of each, tokens, own tokens
 KNOWN = [
-    _prefix(256, 8192, 512),
-    _prefix(256, 32768, 256),
-    _prefix(128, 16384, 256),
-    _prefix(512, 4096, 256),
-    _prefix(64, 32768, 1024),
-    _prefix(64, 8192, 512),
-    _prefix(64, 512, 2048),
-    _prefix(16, 1024, 256),
-    _prefix(8, 2048, 2048),
-    _prefix(64, 0, 2048),
-    _prefix(4, 8192, 128),
+    one_prefix(256, 8192, 512),
+    one_prefix(256, 32768, 256),
+    one_prefix(128, 16384, 256),
+    one_prefix(512, 4096, 256),
+    one_prefix(64, 32768, 1024),
+    one_prefix(64, 8192, 512),
+    one_prefix(64, 512, 2048),
+    one_prefix(16, 1024, 256),
+    one_prefix(8, 2048, 2048),
+    one_prefix(64, 0, 2048),
+    one_prefix(4, 8192, 128),
     Shape(128, 2, 8192, 8, 8192, 512),
     Shape(256, 1, 16384, 32, 2048, 128),
     Shape(128, 4, 2048, 4, 4096, 256),
@@ -39,12 +40,12 @@ KNOWN = [
 
 #: shapes whose sequences have between a quarter of their own tokens and twice as many
 RAGGED = [
-    _prefix(256, 8192, 512),
-    _prefix(64, 2048, 2048),
-    _prefix(128, 512, 1024),
-    _prefix(32, 16384, 512),
-    _prefix(64, 0, 1024),
-    _prefix(256, 256, 256),
+    one_prefix(256, 8192, 512),
+    one_prefix(64, 2048, 2048),
+    one_prefix(128, 512, 1024),
+    one_prefix(32, 16384, 512),
+    one_prefix(64, 0, 1024),
+    one_prefix(256, 256, 256),
     Shape(128, 1, 4096, 16, 1024, 512),
     Shape(256, 4, 2048, 8, 512, 256),
 ]
@@ -77,7 +78,7 @@ def random_shapes(count: int, seed: int) -> list[Shape]:
             systems, documents = int(2 ** rng.integers(0, 3)), int(2 ** rng.integers(1, 6))
             shape = Shape(batch, systems, size(128, 32768), documents, size(128, 16384), own)
         else:
-            shape = _prefix(batch, size(64, 65536), own)
+            shape = one_prefix(batch, size(64, 65536), own)
         num_prompts = shape.systems * shape.documents
         tokens = shape.systems * shape.system_len + num_prompts * shape.document_len + batch * own
         if tokens <= _MOST_TOKENS and 2 * num_prompts <= batch:

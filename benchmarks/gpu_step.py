@@ -28,8 +28,9 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_about import about_run
+from benchmarks.gpu_batches import on_one_prompt, with_values
 from benchmarks.gpu_timing import copy_rate, device_us
-from seqattn import CacheDescriptor, DecodeGraphs, DecodeStep, PagedAttention, PagedKVCacheManager
+from seqattn import DecodeGraphs, DecodeStep, PagedAttention, PagedKVCacheManager
 from seqattn.attention.plan import Planner
 
 PAGE_SIZE, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = 16, 32, 8, 128
@@ -42,15 +43,9 @@ class Model:
         self.batch, self.num_layers = options.batch, options.layers
         num_pages = options.shared // PAGE_SIZE + options.batch * (options.own // PAGE_SIZE + 4)
         sizes = (num_pages + 160, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, torch.bfloat16)
-        self.manager = PagedKVCacheManager(*sizes, "cuda", num_layers=self.num_layers)
-        for cache in self.manager.get_memory_tensors():
-            cache.normal_()
-        self.descriptor = CacheDescriptor(self.manager)
-        self.descriptor.allocate(["prompt"], [options.shared])
+        self.manager = with_values(PagedKVCacheManager(*sizes, "cuda", num_layers=self.num_layers))
         self.ids = list(range(options.batch))
-        for i in self.ids:
-            self.descriptor.fork("prompt", i)
-        self.descriptor.allocate(self.ids, [options.own] * options.batch)
+        self.descriptor = on_one_prompt(self.manager, options.shared, [options.own] * options.batch)
         self.attention = PagedAttention(self.manager, NUM_QO_HEADS)
         self.q = torch.randn(options.batch, NUM_QO_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         self.rows = torch.randn(2, options.batch, NUM_KV_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)

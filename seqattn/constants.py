@@ -168,7 +168,7 @@ def load_constants(path: Path, chip: Chip | None = None, *, version: str | None 
         if wanted is not None and found.get(key) != wanted:
             raise ConstantsError(f"{path} is for {key} {found.get(key)!r}, not {wanted!r}: {_AGAIN}")
     device = _device(path, found.get("constants"))
-    if chip is not None and (device.num_processors != chip.num_processors or device.has_fa3 > chip.has_fa3):
+    if chip is not None and (device.num_processors != chip.num_processors or (device.has_fa3 and not chip.has_fa3)):
         has_fa3 = "with" if device.has_fa3 else "without"
         raise ConstantsError(
             f"{path} is for {device.num_processors} multiprocessors {has_fa3} fa3, not {chip}: {_AGAIN}"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-__all__ = ["as_count", "is_int", "one_each", "positive"]
+__all__ = ["as_count", "is_int", "one_integer_each", "positive"]
 
 
 def is_int(value: object) -> bool:
@@ -41,7 +41,9 @@ def as_count(name: str, value: int, least: int = 0) -> int:
     return int(value)
 
 
-def one_each(name: str, values: Sequence[int] | npt.NDArray[np.integer], num_sequences: int) -> npt.NDArray[np.int64]:
+def one_integer_each(
+    name: str, values: Sequence[int] | npt.NDArray[np.integer], num_sequences: int
+) -> npt.NDArray[np.int64]:
     """One integer for each of so many sequences, int64 [num_sequences]; LengthError for anything else."""
     try:
         array: npt.NDArray[Any] = np.asarray(values)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from seqattn.cost import CostModel, runs_that_pay
-from seqattn.counts import one_each
+from seqattn.counts import one_integer_each
 from seqattn.errors import BadValueError, InvariantError, LengthError
 from seqattn.forest import Run, build_forest, without
 from seqattn.indptr import to_numpy
@@ -155,7 +155,7 @@ def _checked(
     query_lens: Sequence[int] | None,
 ) -> tuple[Int64Array, Int64Array]:
     """Tokens and query rows of each sequence, int64 [batch]."""
-    lens = one_each("num_tokens", num_tokens, len(tables))
+    lens = one_integer_each("num_tokens", num_tokens, len(tables))
     rows = rows_of(query_lens, lens)
     num_pages = np.array([len(table) for table in tables], dtype=np.int64)
     wrong = np.flatnonzero(num_pages != -(-lens // page_size))
@@ -167,7 +167,7 @@ def _checked(
 
 def rows_of(query_lens: Sequence[int] | None, lens: Int64Array) -> Int64Array:
     """Query rows of each sequence, int64 [batch]; LengthError where its tokens have not as many, or none."""
-    rows = np.ones_like(lens) if query_lens is None else one_each("query_lens", query_lens, len(lens))
+    rows = np.ones_like(lens) if query_lens is None else one_integer_each("query_lens", query_lens, len(lens))
     wrong = np.flatnonzero((rows < 1) | (rows > lens))
     if len(wrong):
         i = int(wrong[0])

@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
     FloatArray = npt.NDArray[np.float64]
 
-__all__ = ["ARRAYS", "NUMBERS", "ROW", "bodies_of", "body_of", "one_by_one", "step_us"]
+__all__ = ["ARRAYS", "NUMBERS", "bodies_of", "body_of", "one_by_one", "step_us"]
 
 #: how fast blocks of different lengths come to fill a last round up: the power of their mean over the longest
 _FILLED_UP = 4
 #: elements of a row of results, or of a query row, for which moving one was measured: 32 heads of 128
-ROW = 32 * 128
+_ROW = 32 * 128
 #: one number, or an array of them
 Value = Any
 #: several of them, or an array of all
@@ -103,7 +103,7 @@ def body_of(
     reading = (new / rate + again / again_rate) * 1e6
     body = (computing**mix + reading**mix) ** (1 / mix)
     flow = (flowing**mix + reading**mix) ** (1 / mix)
-    row = heads.num_qo_heads * heads.head_dim / ROW
+    row = heads.num_qo_heads * heads.head_dim / _ROW
     post = (parts * part_ns + split_rows * row_ns) * row / 1e3
     filled = blocks / (each * device.num_processors)
     wave = flow / by.where(is_fa3, each, by.ceil(each / 2))

@@ -16,6 +16,7 @@ import torch
 from benchmarks import gpu_about, gpu_append, gpu_attention, gpu_step
 from benchmarks.gpu_promises import Kept, _at_least, _at_most, _error, _of_host, _share, in_table
 from benchmarks.gpu_report import Recorded, _promises
+from benchmarks.gpu_shapes import PAGE_SIZE, one_prefix
 from tests.gpu.batches import relative_error
 
 SCRIPTS = ["gpu_append", "gpu_attention", "gpu_step"]
@@ -177,13 +178,13 @@ def test_batches_of_new_turns_are_whole_pages_and_small_beside_the_memory_of_a_d
     assert len(set(shapes)) == len(shapes) == 10
     token_bytes = 2 * gpu_append.NUM_KV_HEADS * gpu_append.HEAD_DIM * 2
     for shape in shapes:
-        assert not shape.num_shared % gpu_append.PAGE_SIZE
-        assert not shape.num_new % gpu_append.PAGE_SIZE
-        assert shape.num_pages * gpu_append.PAGE_SIZE * token_bytes * gpu_append.NUM_LAYERS < 1 << 30
+        assert not shape.system_len % PAGE_SIZE
+        assert not shape.own_len % PAGE_SIZE
+        assert (shape.system_len + shape.batch * shape.own_len) * token_bytes * gpu_append.NUM_LAYERS < 1 << 30
 
 
 def small_step() -> gpu_append.Step:
-    return gpu_append.Step(gpu_append.Shape(3, 64, 16), "cpu", "torch")
+    return gpu_append.Step(one_prefix(3, 64, 16), "cpu", "torch")
 
 
 def test_new_turns_are_computed_over_one_prompt() -> None:
@@ -233,7 +234,7 @@ def test_a_row_of_new_turns_has_every_way(tmp_path: Path, monkeypatch: pytest.Mo
     gpu_append.main()
     about, row = map(json.loads, (tmp_path / "append.jsonl").read_text(encoding="utf-8").splitlines())
     assert about["command"] == "python -m benchmarks.gpu_append --out DIR"
-    assert (row["shape"], row["ours_levels"], row["every_run_levels"]) == ([3, 64, 16], 1, 2)
+    assert (row["name"], row["ours_levels"], row["every_run_levels"]) == ("(3, 64, 16)", 1, 2)
     for way in ("plain_fa2", "plain_fa3", "ours", "every_run"):
         assert row[f"{way}_us"] == 10
         assert (row[f"{way}_error"] < 1e-2) == (not way.startswith("plain")), "the stand-in computes nothing"

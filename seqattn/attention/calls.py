@@ -203,28 +203,23 @@ class _Builder:
 
     def add(self, level: LevelPlan, choice: Choice, *, is_last: bool) -> None:
         """Makes a level a call, unless nothing in it is to be read."""
-        row_lens, page_lens = level.row_lens, level.page_lens
-        used = (row_lens > 0) & (page_lens > 0)
+        page_lens = level.page_lens
+        used = (level.row_lens > 0) & (page_lens > 0)
         groups = used.nonzero()[0]
         if not len(groups):
             return
         by_group = choice.kernel == "fa3" and not is_last
-        slices = choice.slices if by_group else 1
-        rows, pages, each = self.rows, level.kv_page_indices, self.heads_each if by_group else 1
+        slices, rows = choice.slices if by_group else 1, self.rows
         if len(groups) == len(used) and slices == 1 and (choice.kernel != "decode" or self.in_order):  # as it is
-            qo_indptr = level.qo_indptr if each == 1 else level.qo_indptr * np.int32(each)
-            tables = (qo_indptr, level.kv_page_indptr, pages, level.kv_last_page_len)
+            tables = (level.qo_indptr, level.kv_page_indptr, level.kv_page_indices, level.kv_last_page_len)
         else:
             if choice.kernel == "decode":  # one row each: with the pages in the caller's order nothing is gathered
                 groups = groups[np.argsort(rows[level.qo_indptr[groups]])]
-            which, begin, end = _sliced(page_lens, groups, slices)
-            lens, first, first_page = row_lens[which], level.qo_indptr[which], level.kv_page_indptr[which]
-            kv_page_indptr = indptr_of(end - begin)
-            if kv_page_indptr[-1] != len(pages) or (groups[1:] < groups[:-1]).any():
-                pages = pages[_ranges(first_page + begin, first_page + end)]
-            last = np.where(end == page_lens[which], level.kv_last_page_len[which], self.page_size)
-            tables = (indptr_of(lens * each), kv_page_indptr, pages, last.astype(np.int32))
-            rows = rows[_ranges(first, first + lens)]
+            tables, at = _cut(level, groups, slices)
+            rows = rows[at]
+        qo_indptr, _, pages, _ = tables
+        if by_group and self.heads_each > 1:
+            tables = (qo_indptr * np.int32(self.heads_each), *tables[1:])
         longest = -(-int(page_lens.max()) // slices) * self.page_size
         in_line = by_group and self.has_spans and is_long(longest) and level.in_line
         span = (int(pages[0]), len(pages)) if in_line else None
@@ -258,6 +253,18 @@ class _Builder:
             self.num_parts,
             direct=False,
         )
+
+
+def _cut(level: LevelPlan, groups: Int64Array, slices: int) -> tuple[Tables, Int64Array]:
+    """The tables of these groups of a level, in slices, and where their rows stand in group order."""
+    page_lens, pages = level.page_lens, level.kv_page_indices
+    which, begin, end = _sliced(page_lens, groups, slices)
+    lens, first, first_page = level.row_lens[which], level.qo_indptr[which], level.kv_page_indptr[which]
+    kv_page_indptr = indptr_of(end - begin)
+    if kv_page_indptr[-1] != len(pages) or (groups[1:] < groups[:-1]).any():
+        pages = pages[_ranges(first_page + begin, first_page + end)]
+    last = np.where(end == page_lens[which], level.kv_last_page_len[which], level.page_size)
+    return (indptr_of(lens), kv_page_indptr, pages, last.astype(np.int32)), _ranges(first, first + lens)
 
 
 def _sliced(num_pages: Int64Array, groups: Int64Array, slices: int) -> tuple[Int64Array, Int64Array, Int64Array]:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-    from seqattn.attention.plan import BatchPlan
-
     Int32Array = npt.NDArray[np.int32]
 
 __all__ = [
@@ -40,7 +38,6 @@ __all__ = [
     "StepForm",
     "form_of",
     "key_of",
-    "new_places",
     "next_padded",
     "nothing",
     "padded",
@@ -221,13 +218,3 @@ def nothing() -> Work:
         "decode", zero, zero, none, none, causal=True, by_group=False, first_query=None, first_part=0, num_rows=0
     )
     return Work((call,), none, none, none, 0, direct=True)
-
-
-def new_places(plan: BatchPlan) -> Int32Array:
-    """Page and slot of each sequence's last token in a decoding step, int32 [2, rows], in the caller's order."""
-    level = plan.levels[-1]
-    places = np.empty((2, plan.num_rows), dtype=np.int32)
-    rows = slice(None) if plan.rows is None else plan.rows
-    places[0, rows] = level.kv_page_indices[level.kv_page_indptr[1:] - 1]
-    places[1, rows] = level.kv_last_page_len - 1
-    return places

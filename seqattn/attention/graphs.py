@@ -32,8 +32,8 @@ import numpy as np
 import torch
 
 from seqattn.append import sent
-from seqattn.attention.fixed import Sizes, form_of, key_of, new_places, nothing, page_by_page
-from seqattn.attention.step import DecodeStep, check_input, first_rows, launcher_for
+from seqattn.attention.fixed import Sizes, form_of, key_of, nothing, page_by_page
+from seqattn.attention.step import DecodeStep, check_input, first_rows, launcher_for, new_places
 from seqattn.counts import positive
 from seqattn.errors import BadValueError, LengthError
 from seqattn.tail import refuse_same_slot

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from attrs import define
 
-from seqattn.counts import one_each
+from seqattn.counts import one_integer_each
 from seqattn.errors import LengthError, PageError, TensorError
 from seqattn.indptr import group_lengths, to_numpy
 from seqattn.packed import FlashInferHybridData, FlashInferPackedData, HybridLevel
@@ -180,7 +180,7 @@ def _plain_level(packed: FlashInferPackedData, query_lens: Sequence[int] | None)
 
 
 def _query_lens(query_lens: Sequence[int], num_sequences: int) -> Int64Array:
-    lens = one_each("query_lens", query_lens, num_sequences)
+    lens = one_integer_each("query_lens", query_lens, num_sequences)
     if (lens < 0).any():
         raise LengthError(f"query_lens holds {lens.min()}: a sequence has 0 rows or more")
     return lens

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from seqattn.append import check_rows, write_places
@@ -13,10 +14,15 @@ from seqattn.errors import LengthError, TensorError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy.typing as npt
+
+    from seqattn.attention.plan import BatchPlan
     from seqattn.cache import PagedKVCacheManager
     from seqattn.kernels import Launcher
 
-__all__ = ["DecodeStep", "check_input", "first_rows", "launcher_for"]
+    Int32Array = npt.NDArray[np.int32]
+
+__all__ = ["DecodeStep", "check_input", "first_rows", "launcher_for", "new_places"]
 
 
 class DecodeStep:
@@ -100,3 +106,13 @@ def first_rows(outputs: Any, num_rows: int) -> Any:  # noqa: ANN401  the model's
     if isinstance(outputs, (tuple, list)):
         return type(outputs)(first_rows(output, num_rows) for output in outputs)
     raise TensorError(f"the model must return a tensor or a tuple of tensors, not {type(outputs).__name__}")
+
+
+def new_places(plan: BatchPlan) -> Int32Array:
+    """Page and slot of each sequence's last token in a decoding step, int32 [2, rows], in the caller's order."""
+    level = plan.levels[-1]
+    places = np.empty((2, plan.num_rows), dtype=np.int32)
+    rows = slice(None) if plan.rows is None else plan.rows
+    places[0, rows] = level.kv_page_indices[level.kv_page_indptr[1:] - 1]
+    places[1, rows] = level.kv_last_page_len - 1
+    return places
