@@ -108,24 +108,24 @@ class Device:
     num_processors: int = 132
     has_fa3: bool = True
     has_short: bool = field(default=True, validator=validators.instance_of(bool))
-    decode: KernelCost = KernelCost(2.828, 6.799, 4.358e12, 13.24e12, 2.006, 235.6, 9.306)  # noqa: RUF009  frozen
-    fa2_64: KernelCost = KernelCost(1.057, 12.9, 4.474e12, 226.9e12, 0.525, 138.1, 3.292)  # noqa: RUF009  as above
-    fa2_128: KernelCost = KernelCost(0.17, 27.56, 4.564e12, 11.23e12, 3.461, 125.8, 4.345)  # noqa: RUF009  as above
-    fa3: KernelCost = KernelCost(0.9993, 9.79, 17.32e12, 18.77e12, 0.0, 0.0, 0.6246)  # noqa: RUF009  as above
-    short: KernelCost = KernelCost(0.0009544, 4.07, 3.315e12, 4.851e12, 372.2, 170.1, 9.966)  # noqa: RUF009  as above
-    fa3_in_line: KernelCost = KernelCost(2.68, 7.577, 7.459e12, 203.6e12, 0.0, 0.0, 1.18)  # noqa: RUF009  as above
-    plain_us: float = field(default=5.751, validator=not_negative)
-    start_us: float = field(default=0.2556, validator=not_negative)
-    level_us: float = field(default=6.705, validator=not_negative)
-    last_us: float = field(default=3.292, validator=not_negative)
-    gather_us: float = field(default=3.739, validator=not_negative)
+    decode: KernelCost = KernelCost(2.906, 6.965, 4.823e12, 14.46e12, 1.98, 190.7, 10.23)  # noqa: RUF009  frozen
+    fa2_64: KernelCost = KernelCost(1.018, 13.69, 5.775e12, 226.9e12, 0.5174, 171.2, 3.781)  # noqa: RUF009  as above
+    fa2_128: KernelCost = KernelCost(0.1699, 33.79, 4.498e12, 11.23e12, 3.611, 143.7, 4.28)  # noqa: RUF009  as above
+    fa3: KernelCost = KernelCost(1.096, 11.87, 18.97e12, 17.82e12, 0.0, 0.0, 0.7001)  # noqa: RUF009  as above
+    short: KernelCost = KernelCost(0.001, 4.071, 3.284e12, 4.098e12, 372.2, 170.1, 9.965)  # noqa: RUF009  as above
+    fa3_in_line: KernelCost = KernelCost(2.697, 9.094, 8.252e12, 203.6e12, 0.0, 0.0, 1.362)  # noqa: RUF009  as above
+    plain_us: float = field(default=5.686, validator=not_negative)
+    start_us: float = field(default=0.252, validator=not_negative)
+    level_us: float = field(default=7.387, validator=not_negative)
+    last_us: float = field(default=3.149, validator=not_negative)
+    gather_us: float = field(default=3.559, validator=not_negative)
     fa3_waits: float = field(default=0.6338, validator=not_negative)
-    fa2_waits: float = field(default=0.305, validator=not_negative)
-    spread: float = field(default=0.2295, validator=share)
-    lower_waits: float = field(default=1.209, validator=not_negative)
-    last_waits: float = field(default=0.4767, validator=not_negative)
-    result_ns: float = field(default=0.09671, validator=not_negative)
-    gathered_ns: float = field(default=15.53, validator=not_negative)
+    fa2_waits: float = field(default=0.3063, validator=not_negative)
+    spread: float = field(default=0.2341, validator=share)
+    lower_waits: float = field(default=1.436, validator=not_negative)
+    last_waits: float = field(default=0.3712, validator=not_negative)
+    result_ns: float = field(default=0.09656, validator=not_negative)
+    gathered_ns: float = field(default=14.87, validator=not_negative)
     margin: float = field(default=0.02, validator=not_negative)
     margin_us: float = field(default=0.8, validator=not_negative)
     level_margin: float = field(default=0.015, validator=not_negative)

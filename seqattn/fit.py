@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     FloatArray = npt.NDArray[np.float64]
 
-__all__ = ["Measured", "fit_device", "predict"]
+__all__ = ["NAMES", "Measured", "Steps", "device_with", "fit_device", "logs_of", "predict"]
 
 _KERNELS = ("decode", "fa2_64", "fa2_128", "fa3", "short", "fa3_in_line")
 _OF_KERNELS = ("wave_us", "token_ns", "bytes_per_s", "reread_bytes_per_s", "part_ns", "row_ns", "mix")
@@ -39,6 +39,9 @@ _OF_DEVICE = (
 )  # fmt: skip
 #: fa3 splits nothing
 _UNUSED = {(kernel, name) for kernel in ("fa3", "fa3_in_line") for name in ("part_ns", "row_ns")}
+#: the constants that are looked for: the kernel or "", and the name
+NAMES = [(kernel, name) for kernel in _KERNELS for name in _OF_KERNELS if (kernel, name) not in _UNUSED]
+NAMES += [("", name) for name in _OF_DEVICE]
 #: what a constant is at most
 _MOST = {"spread": 1.0}
 #: how much a constant is held near where it began
@@ -81,25 +84,51 @@ def fit_device(measured: Sequence[Measured], heads: Heads, begin: Device, *, num
     """
     if not measured or not all(0 < step.us < float("inf") for step in measured):
         raise BadValueError(f"a fit needs positive times, not {[step.us for step in measured][:10]}")
-    steps = _Steps(measured, heads, begin)
-    names = [(kernel, name) for kernel in _KERNELS for name in _OF_KERNELS if (kernel, name) not in _UNUSED]
-    names += [("", name) for name in _OF_DEVICE]
-    start = np.log([max(_get(begin, name), _LEAST) for name in names])
+    steps, start = Steps(measured, heads, begin), logs_of(begin)
 
-    def errors(values: FloatArray) -> FloatArray:
-        relative = np.log(steps.predict(_with(begin, names, np.exp(values))) / steps.us)
-        return np.concatenate((steps.weights * relative, _HELD * (values - start)))
+    def errors(logs: FloatArray) -> FloatArray:
+        relative = np.log(steps.predict(device_with(begin, logs)) / steps.us)
+        return np.concatenate((steps.weights * relative, _HELD * (logs - start)))
 
-    return _with(begin, names, np.exp(_least_squares(errors, start, num_steps)))
+    return device_with(begin, _least_squares(errors, start, num_steps))
 
 
 def predict(measured: Sequence[Measured], heads: Heads, device: Device) -> FloatArray:
     """The predicted times of measured steps, in microseconds."""
-    return _Steps(measured, heads, device).predict(device)
+    return Steps(measured, heads, device).predict(device)
 
 
-class _Steps:
-    """What the calls of measured steps do, those of as many levels together."""
+def logs_of(device: Device) -> FloatArray:
+    """The logarithms of a device's constants, in the order of `NAMES`."""
+    found = [getattr(getattr(device, owner) if owner else device, name) for owner, name in NAMES]
+    return np.log(np.maximum(found, _LEAST))
+
+
+def device_with(begin: Device, logs: FloatArray) -> Device:
+    """A device with the constants of these logarithms; what is not in `NAMES` is that of `begin`."""
+    found = {
+        name: float(min(value, _MOST.get(name[1], np.inf))) for name, value in zip(NAMES, np.exp(logs), strict=True)
+    }
+    changes: dict[str, Any] = {name: value for (owner, name), value in found.items() if not owner}
+    for kernel in _KERNELS:
+        own = {name: value for (owner, name), value in found.items() if owner == kernel}
+        changes[kernel] = evolve(getattr(begin, kernel), **own)
+    return evolve(begin, **changes)
+
+
+class Steps:
+    """What the calls of measured steps do, those of as many levels together.
+
+    Args:
+        measured: steps of at most two shared levels.
+        heads: the model's that they were measured with.
+        device: the multiprocessors, and which kernels there are.
+
+    Attributes:
+        us: what was measured, float64 [steps].
+        weights: how much each counts, float64 [steps].
+        by_levels: for each number of shared levels, which steps have so many, and what their calls do: coarsest first.
+    """
 
     def __init__(self, measured: Sequence[Measured], heads: Heads, device: Device) -> None:
         self.heads = heads
@@ -110,7 +139,6 @@ class _Steps:
         slower = np.array([step.us / best[step.batch] - 1 for step in measured])
         self.weights = np.maximum(np.exp(-np.maximum(slower - 0.05, 0) / 0.6), 0.15)
         self.weights[[len(step.levels) == 1 for step in measured]] = 1.0  # levels must beat it
-        #: for each number of shared levels, which steps, and what their calls do: coarsest first
         self.by_levels: list[tuple[list[int], list[Load]]] = []
         for shared in range(3):
             which = [i for i, step in enumerate(measured) if len(step.levels) == shared + 1]
@@ -119,6 +147,7 @@ class _Steps:
             self.by_levels.append((which, calls))
 
     def predict(self, device: Device) -> FloatArray:
+        """Microseconds of each step."""
         us = np.empty(len(self.us))
         for which, calls in self.by_levels:
             if not which:
@@ -140,20 +169,6 @@ def _load(step: Measured, heads: Heads, device: Device) -> list[Load]:
 
 def _stacked(loads: Sequence[Load]) -> Load:
     return Load(np.array([load.kernel for load in loads]), np.stack([load.values for load in loads], axis=1))
-
-
-def _get(device: Device, name: tuple[str, str]) -> float:
-    owner, field = name
-    return float(getattr(getattr(device, owner) if owner else device, field))
-
-
-def _with(device: Device, names: Sequence[tuple[str, str]], values: FloatArray) -> Device:
-    found = {name: float(min(value, _MOST.get(name[1], np.inf))) for name, value in zip(names, values, strict=True)}
-    changes: dict[str, Any] = {field: value for (owner, field), value in found.items() if not owner}
-    for kernel in _KERNELS:
-        own = {field: value for (owner, field), value in found.items() if owner == kernel}
-        changes[kernel] = evolve(getattr(device, kernel), **own)
-    return evolve(device, **changes)
 
 
 def _least_squares(errors: Callable[[FloatArray], FloatArray], start: FloatArray, num_steps: int) -> FloatArray:

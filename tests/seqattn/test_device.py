@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from seqattn.cost import CostModel, runs_that_pay
 from seqattn.device import Device, Groups, Heads, KernelCost
 from seqattn.errors import BadValueError
-from seqattn.fit import Measured, _with, predict
+from seqattn.fit import Measured, device_with, logs_of, predict
 from seqattn.forest import build_forest
 from seqattn.groups import groups_of
 from seqattn.hybrid import pack_runs
@@ -265,4 +265,4 @@ def test_batches_of_several_rows_are_remembered_too() -> None:
 def test_a_share_is_at_most_one() -> None:
     with pytest.raises(BadValueError, match=r"spread must be a share, from 0 to 1, not 1\.5"):
         Device(spread=1.5)
-    assert _with(Device(), [("", "spread"), ("", "level_us")], np.array([3.0, 3.0])).spread == 1.0
+    assert device_with(Device(), logs_of(Device()) + 5).spread == 1.0

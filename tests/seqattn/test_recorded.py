@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import Any
 
-import numpy as np
 import pytest
-from attrs import evolve
 
-from benchmarks.gpu_shapes import PAGE_SIZE, Shape, tables_of
+from benchmarks.gpu_recorded import RecordedBatch, depths_in, recorded
+from benchmarks.gpu_shapes import PAGE_SIZE
 from seqattn.cost import CostModel, runs_that_pay
-from seqattn.device import Device, Groups
-from seqattn.fit import Measured, predict
-from seqattn.forest import Run, build_forest
+from seqattn.device import Device
+from seqattn.fit import predict
 from seqattn.groups import groups_of
-from seqattn.load import is_short
-from tests.sources import ROOT
 
 DEVICE = Device()
 #: a model for each number of heads that was measured, which remembers nothing that is of another
 MODELS = {heads: CostModel.for_heads(*heads, 2, device=DEVICE) for heads in ((32, 8, 128), (8, 1, 128))}
-
-
-def recorded(name: str) -> list[dict[str, Any]]:
-    text = (ROOT / f"benchmarks/results/gpu_attention_h200{name}.jsonl").read_text(encoding="utf-8")
-    about, *rows = map(json.loads, text.splitlines())
-    how = {key: about.get(key, False) for key in ("in_line", "ragged", "uneven")}
-    more = {"seed": about["seed"], "how": how, "heads": tuple(about["heads"]), "as_now": "short_lists" in about}
-    return [row | more | {"id": f"{row['name']}{name}"} for row in rows]
 
 
 #: shapes of the design and some drawn from seeds: prompts in one piece, sequences of different lengths, pages
@@ -46,69 +33,54 @@ LOSSES = {
     "(32, 16384, 512)_ragged": 0.06,
     "(2, 32112, 4, 1184, 64) for 256_seed11": 0.08,
     "(1, 5664, 2, 2640, 320) for 16_seed23": 0.08,
-    "(4, 6416, 8, 160, 128) for 128_seed37": 0.07,
+    "(8, 9008, 384)_seed23": 0.06,
+    "(4, 6416, 8, 160, 128) for 128_seed37": 0.08,
     "(8, 4224, 1776)_seed37": 0.08,
     "(2, 6336, 16, 832, 960) for 64_seed53": 0.07,
-    "(2, 6272, 2, 272, 480) for 128_seed53": 0.16,
     "(4, 944, 16, 1552, 80) for 256_seed53": 0.07,
-    "(16, 2464, 352)_ragged59": 0.08,
-    "(128, 9008, 1536)_ragged59": 0.08,
-    "(4, 15888, 2, 1920, 2240) for 16_ragged59": 0.11,
-    "(4, 3904, 2, 960, 240) for 16_ragged59": 0.07,
+    "(2, 8544, 8, 1632, 96) for 64_seed53": 0.11,
+    "(16, 2464, 352)_ragged59": 0.09,
+    "(4, 4768, 4, 528, 64) for 32_ragged59": 0.07,
+    "(128, 14800, 1840)_ragged59": 0.10,
+    "(1, 21232, 2, 496, 416) for 128_ragged59": 0.17,
     "(1, 2928, 4, 304, 128) for 128_seed61": 0.14,
     "(8, 4912, 576)_seed61": 0.07,
-    "(4, 8272, 2, 1568, 80) for 64_seed61": 0.17,
-    "(1, 26848, 4, 1664, 1104) for 16_uneven71": 0.06,
-    "(16, 2064, 2496)_uneven71": 0.09,
-    "(16, 14992, 3360)_uneven71": 0.06,
+    "(4, 8272, 2, 1568, 80) for 64_seed61": 0.18,
+    "(1, 4096, 4, 4096, 1024) for 32_uneven": 0.08,
+    "(2, 288, 4, 3696, 64) for 32_uneven71": 0.06,
     "(64, 112, 64)_uneven71": 0.08,
-    # of seeds that the constants were not fitted to
+    "(32, 3968, 288)_seed83": 0.06,
     "(4, 832, 8, 240, 128) for 64_seed83": 0.11,
     "(256, 7744, 176)_seed83": 0.09,
     "(16, 9664, 80)_seed83": 0.22,
-    "(128, 6400, 256)_seed83": 0.11,
     "(4, 6592, 2, 656, 96) for 64_seed83": 0.06,
+    "(4, 13312, 2, 480, 80) for 512_uneven79": 0.11,
     "(1, 18704, 8, 9952, 704) for 32_uneven79": 0.07,
-    "(1, 928, 16, 816, 1392) for 64_seed89": 0.17,
+    "(2, 496, 2, 256, 336) for 64_seed89": 0.07,
     "(2, 656, 8, 9776, 112) for 256_seed89": 0.06,
-    "(16, 3792, 1568)_uneven97": 0.13,
-    "(4, 4512, 4, 2352, 2512) for 32_uneven97": 0.18,
+    "(1, 20480, 4, 912, 96) for 8_uneven97": 0.06,
     "(1, 5232, 4, 1216, 96) for 128_seed101": 0.15,
-    "(2, 992, 8, 160, 256) for 32_seed101": 0.08,
     "(1, 3328, 16, 1072, 304) for 32_seed101": 0.06,
-    "(2, 480, 16, 224, 432) for 128_uneven103": 0.15,
-    "(32, 1056, 144)_uneven103": 0.06,
-    # of heads that the constants were not fitted to
-    "(512, 4096, 256)_8_1": 0.18,
-    "(64, 8192, 512)_8_1": 0.13,
     "(64, 32768, 1024)_8_1": 0.08,
 }
 #: levels may lose 2 % to plain attention, but here
 SLOWER = {
     "(8, 4224, 1776)_seed37": 0.08,
     "(8, 4912, 576)_seed61": 0.07,
-    "(16, 2064, 2496)_uneven71": 0.05,
     "(64, 112, 64)_uneven71": 0.08,
-    # of seeds that the constants were not fitted to
-    "(1, 176, 2, 5888, 1488) for 8_seed89": 0.04,
-    "(2, 992, 8, 160, 256) for 32_seed101": 0.08,
-    "(2, 480, 16, 224, 432) for 128_uneven103": 0.05,
+    "(1, 176, 2, 5888, 1488) for 8_seed89": 0.05,
 }
 #: predictions are within 24 % of what was measured, but here
 ERRORS = {
-    "(512, 43872, 144)": 0.33,
-    "(32, 16384, 512)_ragged": 0.26,
-    "(512, 43872, 144)_scattered": 0.28,
-    "(256, 35248, 576)_seed53": 0.26,
-    "(8, 336, 96)_ragged59": 0.28,
-    "(1, 272, 2, 128, 64) for 8_ragged59": 0.31,
-    "(16, 64, 128)_uneven71": 0.41,
-    "(64, 112, 64)_uneven71": 0.27,
-    # of seeds that the constants were not fitted to
-    "(256, 7744, 176)_seed83": 0.27,
-    "(16, 9664, 80)_seed83": 0.28,
-    "(32, 80, 64)_uneven79": 0.31,
-    "(8, 18576, 2112)_seed101": 0.25,
+    "(32, 16384, 512)_ragged": 0.29,
+    "(8, 336, 96)_ragged59": 0.26,
+    "(1, 272, 2, 128, 64) for 8_ragged59": 0.29,
+    "(1, 4096, 4, 4096, 1024) for 32_uneven": 0.25,
+    "(16, 64, 128)_uneven71": 0.36,
+    "(16, 9664, 80)_seed83": 0.27,
+    "(1, 18704, 8, 9952, 704) for 32_uneven79": 0.25,
+    "(32, 80, 64)_uneven79": 0.33,
+    "(8, 18576, 2112)_seed101": 0.27,
 }
 #: steps that took 2 % more than plain attention when they were recorded: with earlier constants, but for the last two;
 #: some are plain attention, as it was measured another time
@@ -127,51 +99,20 @@ WERE_SLOWER = {
 LESS_AHEAD = {"(512, 43872, 144)_scattered": 1.717}
 
 
-class Recorded:
+class Recorded(RecordedBatch):
     """A recorded shape, and what is predicted for each way that was measured."""
 
     def __init__(self, row: dict[str, Any]) -> None:
-        self.row, self.model = row, MODELS[row["heads"]]
-        tables = tables_of(Shape(*row["shape"]), row["seed"], **row["how"])
-        self.lens = np.array([len(table) * PAGE_SIZE for table in tables])
-        _, self.runs = build_forest(tables, ((self.lens - 1) // PAGE_SIZE).tolist())
-        self.depths = depths_of(self.runs)
-        self.before = np.arange(len(tables) + 1)
+        super().__init__(row)
+        self.model = MODELS[row["heads"]]
         self.predicted = self.predict(in_line=row["how"]["in_line"])
         #: as if pages lay anywhere, which is what is known when levels are chosen
         self.anywhere = self.predict(in_line=False)
-        #: as if no two sequences had pages of the last level in common, which is what kernels are chosen by
         self.alone = self.predict(in_line=row["how"]["in_line"], alone=True)
 
-    @property
-    def is_as_now(self) -> bool:
-        """Whether every last level was computed by the kernel that it would be computed by now.
-
-        Short lists were once told by their mean.
-        """
-        for kept in {frozenset(depths_in(name)) for name in self.row["choices"]}:
-            last = self.levels(set(kept), in_line=False)[-1]
-            count, longest, total = len(last.rows), int(last.tokens.max()), int(last.tokens.sum())
-            if (count >= 16 and total <= 176 * count) != is_short(self.model.heads, 132, count, longest, total):
-                return False
-        return True
-
     def predict(self, *, in_line: bool, alone: bool = False) -> dict[str, float]:
-        names = list(self.row["choices"])
-        steps = [self.step(name, in_line=in_line, alone=alone) for name in names]
-        return dict(zip(names, predict(steps, self.model.heads, DEVICE).tolist(), strict=True))
-
-    def step(self, name: str, *, in_line: bool, alone: bool) -> Measured:
-        ways = [] if name == "plain" else [part.split(":")[1] for part in name.split("+")]
-        slices = [int(way[4:]) if way.startswith("fa3") else 0 for way in ways]
-        *shared, last = self.levels(set(depths_in(name)), in_line=in_line)
-        last = evolve(last, num_different=int(last.tokens.sum())) if alone else last
-        return Measured(0, [*shared, last], slices, 1.0)
-
-    def levels(self, kept: set[int], *, in_line: bool) -> list[Groups]:
-        mask = [depth in kept for depth in self.depths]
-        *shared, last = groups_of(self.runs, mask, self.before, self.lens, page_size=PAGE_SIZE)
-        return [*(evolve(groups, in_line=in_line and len(groups.rows) == 1) for groups in shared), last]
+        steps = self.steps(in_line=in_line, alone=alone)
+        return dict(zip(self.row["choices"], predict(steps, self.model.heads, DEVICE).tolist(), strict=True))
 
     @property
     def chosen(self) -> str:
@@ -188,19 +129,7 @@ class Recorded:
         return float(choices[self.chosen] / min(choices.values()) - 1)
 
 
-def depths_in(name: str) -> list[int]:
-    """The depths that are levels in a way to compute a shape, by its name."""
-    return [] if name == "plain" else [int(part.split(":")[0]) for part in name.split("+")]
-
-
-def depths_of(runs: list[Run]) -> list[int]:
-    depths: list[int] = []
-    for run in runs:
-        depths.append(0 if run.parent is None else depths[run.parent] + 1)
-    return depths
-
-
-SHAPES = [shape for row in ROWS if (shape := Recorded(row)).row["as_now"] or shape.is_as_now]
+SHAPES = [shape for row in ROWS if (shape := Recorded(row)).is_as_now]
 
 
 def of(limits: dict[str, float], row: dict[str, Any], usual: float) -> float:
