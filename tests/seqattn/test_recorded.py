@@ -23,7 +23,8 @@ MODELS = {heads: CostModel.for_heads(*heads, 2, device=DEVICE) for heads in ((32
 #: scattered; the last ones with eight query heads on one KV head
 NAMES = (
     "", "_seed41", "_ragged", "_scattered", "_seed11", "_seed23", "_seed37", "_seed53", "_ragged59", "_seed61",
-    "_uneven", "_uneven71", "_seed83", "_uneven79", "_seed89", "_uneven97", "_seed101", "_uneven103",
+    "_uneven", "_uneven71", "_seed83", "_uneven79", "_seed89", "_uneven97", "_seed101", "_uneven103", "_seed107",
+    "_uneven109",
     "_8_1",
 )  # fmt: skip
 ROWS = [row for name in NAMES for row in recorded(name)]
