@@ -117,19 +117,27 @@ class Work:
         engine = self.engine(num_pages, packing, sizes.batch, graph_sizes)
         system = self.tokens(sizes.system)
         engine.generate([system], max_new_tokens=1)
+        return engine, self.conversations(engine, system)
+
+    def conversations(self, engine: Engine, system: list[int]) -> list[Request]:
+        """A batch of conversations on a system prompt, up to their first token."""
+        sizes = self.sizes
         prompts = [system + self.tokens(sizes.message) for _ in range(sizes.batch)]
         most = 2 * sizes.steps + 48
         requests = [engine.submit(prompt, max_new_tokens=most, stop_tokens=()) for prompt in prompts]
         while not all(request.tokens for request in requests):
             engine.step()
-        return engine, requests
+        return requests
 
 
 def decode(work: Work) -> Iterator[Row]:
-    """Tokens per second of the engine."""
+    """Tokens per second of the engine; graphs are those that conversations before these have captured."""
     for packing, graphs in VARIANTS:
-        engine, _ = work.batch_engine(packing, graphs)
+        engine, requests = work.batch_engine(packing, graphs)
         with engine:
+            if graphs != "none":
+                engine.wait(requests)
+                work.conversations(engine, requests[0].prompt[: work.sizes.system].tolist())
             for run_ahead in (False, True):
                 engine.steps.run_ahead = run_ahead
                 for _ in range(8):
