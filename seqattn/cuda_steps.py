@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from seqattn.attention.calls import Choice
+from seqattn.attention.capturing import capturing
 from seqattn.attention.front import PagedAttention
 from seqattn.attention.plan import plan_batch
 from seqattn.cache import PagedKVCacheManager
@@ -96,7 +97,7 @@ def replay_times(layers: Callable[[], object], repeats: int) -> list[float]:
         layers()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(), torch.cuda.graph(graph):
         layers()
     times = []
     for _ in range(repeats):

@@ -71,6 +71,7 @@ ORDER = [
     "seqattn/attention/flashinfer_backend.py",
     "seqattn/attention/front.py",
     "seqattn/attention/fixed.py",
+    "seqattn/attention/capturing.py",
     "seqattn/attention/captured.py",
     "seqattn/attention/step.py",
     "seqattn/attention/graphs.py",

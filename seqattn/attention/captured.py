@@ -9,7 +9,6 @@ the number of blocks and every place in memory, and say in memory which blocks h
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from seqattn.attention.bound import BoundPlan
+from seqattn.attention.capturing import capturing
 from seqattn.attention.fixed import next_padded
 from seqattn.attention.places import laid_out
 from seqattn.attention.wrapper_set import wait_for
@@ -32,10 +32,7 @@ if TYPE_CHECKING:
     from seqattn.attention.prepared import Prepared
     from seqattn.attention.wrapper import Wrapper
 
-__all__ = ["CAPTURING", "CapturedStep"]
-
-#: held during a capture: beginning one waits for the device, which another thread's capture on it would not survive
-CAPTURING = threading.RLock()
+__all__ = ["CapturedStep"]
 
 #: the pages last: of them only those are sent that there are
 _PAGES = "kv_page_indices"
@@ -129,7 +126,7 @@ class CapturedStep:
             graph = torch.cuda.CUDAGraph()
             # What other threads do meanwhile is theirs. A capture that fails at its end would leave its stream current.
             recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-            with CAPTURING, torch.cuda.stream(main), recording:
+            with capturing(), torch.cuda.stream(main), recording:
                 self._outputs = model(self, self._inputs)
         self._graph = graph
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import define, field
 
-from seqattn.attention.captured import CAPTURING, CapturedStep
+from seqattn.attention.captured import CapturedStep
+from seqattn.attention.capturing import capturing
 from seqattn.attention.graphs import DecodeGraphs
 from seqattn.errors import LengthError, TensorError
 
@@ -190,7 +191,7 @@ class LayerStep(CapturedStep):
         graph = torch.cuda.CUDAGraph()
         # Memory made for inference alone could not be written by later graphs outside of it.
         with (
-            CAPTURING,
+            capturing(),
             torch.inference_mode(mode=False),
             torch.no_grad(),
             torch.cuda.device(self._backend.device),

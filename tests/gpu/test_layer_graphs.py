@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -113,3 +114,31 @@ def test_rows_that_stay_where_they_are_take_one_graph_and_rows_that_move_are_fou
     for a, b in zip(engine.manager.get_memory_tensors(), other.manager.get_memory_tensors(), strict=True):
         assert relative_error(a, b.float()) < 1e-2
     assert sum(step.num_in_place for step in steps) > 20 * NUM_LAYERS
+
+
+def test_graphs_that_are_garbage_do_not_spoil_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python may collect at any new container, and a graph that the capturing thread destroys ends its capture."""
+    engine = Engine(num_sequences=8)
+    held = [ByLayer(engine, [8])]
+    compare(engine, held[0], 4, hybrid=False)  # type: ignore[arg-type]
+    assert held[0].graphs.num_captures == 1
+    plain = LayerStep.attend
+
+    def attend(step: LayerStep, q: torch.Tensor, layer: int) -> torch.Tensor:
+        if held and torch.cuda.is_current_stream_capturing():
+            cycle: list[object] = [held.pop()]
+            cycle.append(cycle)
+            del cycle  # garbage from here on
+            assert len([[i] for i in range(1000)]) == 1000
+        return plain(step, q, layer)
+
+    monkeypatch.setattr(LayerStep, "attend", attend)
+    after = ByLayer(engine, [8])
+    threshold = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        compare(engine, after, 4, hybrid=False)  # type: ignore[arg-type]
+    finally:
+        gc.set_threshold(*threshold)
+    assert not held
+    assert (after.graphs.num_captures, after.graphs.num_eager) == (1, 1), "a capture that fails leaves none"
