@@ -4,7 +4,8 @@
 
 Writes a row for each batch to DIR/calibration.jsonl: its shape, the number that its pages were drawn from, and the
 microseconds a layer of every way to compute it, in the order of `CalibrationBatch.ways`. `benchmarks.gpu_fit` makes
-the constants that ship with the package from such rows and from those of `benchmarks.gpu_attention`.
+the constants that ship with the package from such rows and from those of `benchmarks.gpu_attention`. Files of rows
+that say "measured by" were written from what `seqattn.calibrate.measure` gave, with the same shapes and seeds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from benchmarks.gpu_about import about_run
 from seqattn.calibrate import CalibrationBatch, Shape, calibration_shapes
+from seqattn.constants import Chip
 from seqattn.cuda_steps import CudaSteps
 from seqattn.fit import Measured
 from seqattn.load import Heads
@@ -27,7 +29,7 @@ __all__ = ["measured_in"]
 
 
 def measured_in(path: Path) -> tuple[Heads, list[Measured]]:
-    """The steps of a recorded file, and the heads that they were measured with."""
+    """The steps of a recorded file, in microseconds a layer, and the heads that they were measured with."""
     about, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     steps: list[Measured] = []
     for number, row in enumerate(rows):
@@ -39,12 +41,20 @@ def measured_in(path: Path) -> tuple[Heads, list[Measured]]:
     return Heads(*about["heads"]), steps
 
 
-def measured_rows(timer: CudaSteps, shapes: list[Shape]) -> Iterator[dict[str, Any]]:
-    """The row of each batch."""
+def measured_rows(timer: CudaSteps, shapes: list[Shape], *, has_fa3: bool) -> Iterator[dict[str, Any]]:
+    """The row of each batch; fa3 is measured only where it can be run."""
     for seed, shape in enumerate(shapes):
         batch = CalibrationBatch(shape, seed=seed)
-        us = [round(timer(batch, kept, slices), 2) for kept, slices in batch.ways(has_fa3=True)]
+        us = [round(timer(batch, kept, slices), 2) for kept, slices in batch.ways(has_fa3=has_fa3)]
         yield {"shape": list(shape), "seed": seed, "us": us}
+
+
+def _can_run_fa3() -> bool:
+    """Whether the device has fa3 and it can be compiled: where it cannot, fa2 would be measured in its name."""
+    from seqattn.attention.fa3_sources import is_off, why_fa3_cannot_be_used
+
+    chip = Chip.of(torch.cuda.get_device_properties(0))
+    return chip.has_fa3 and not is_off() and why_fa3_cannot_be_used() is None
 
 
 def main() -> None:
@@ -56,11 +66,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     timer = CudaSteps(Heads(*options.heads), torch.device("cuda", 0))
+    has_fa3 = _can_run_fa3()
     shapes = calibration_shapes(options.shapes, timer.most_tokens(), seed=options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "calibration.jsonl").open("w", encoding="utf-8") as file:
-        print(json.dumps(about_run() | {"heads": options.heads, "has_fa3": True, "seed": options.seed}), file=file)
-        for row in measured_rows(timer, shapes):
+        print(json.dumps(about_run() | {"heads": options.heads, "has_fa3": has_fa3, "seed": options.seed}), file=file)
+        for row in measured_rows(timer, shapes, has_fa3=has_fa3):
             print(json.dumps(row), file=file, flush=True)
             print(f"{Shape(*row['shape'])!s:40} plain {row['us'][0]:8} best {min(row['us']):8}", flush=True)
 

@@ -6,6 +6,10 @@ Prints what choosing by the constants that ship with the package loses, and by t
 those; then the latter, as `seqattn.device` has them. `--without` leaves rows of these names out ("_seed101", say), to
 see how good a choice is where nothing was fitted. It takes four minutes.
 
+A loss is how much longer the way with the least prediction took than the fastest way of its batch. The planner chooses
+in two steps, levels as if pages lay anywhere and then kernels by where they lie; so there is a line for each, and what
+it loses itself is about that (`tests/seqattn/test_recorded.py` has it exactly).
+
 What is made small, by L-BFGS (Liu and Nocedal 1989; gradients by torch, through the formulas of `seqattn.steps`):
 
 - what a batch loses when each way is taken with a probability that falls with its predicted time; a large loss and one
@@ -27,7 +31,7 @@ import torch
 from benchmarks.gpu_calibration import measured_in
 from benchmarks.gpu_recorded import RESULTS, RecordedBatch, recorded
 from seqattn.device import Device
-from seqattn.fit import NAMES, Measured, Steps, device_with, logs_of
+from seqattn.fit import KERNELS, NAMES, OF_KERNELS, Measured, Steps, device_with, logs_of
 from seqattn.load import FA3, FA3_IN_LINE, Heads, Load
 from seqattn.steps import Functions, body_of, step_us
 
@@ -41,12 +45,14 @@ ROWS = (
 CALIBRATIONS = ("", "_seed1", "_8_1")
 #: the promised shapes count more, and one of them, of which nothing else is like, more again
 _PROMISED, _ALONE, _MORE = 2.5, "(64, 144, 64)", 4.0
-#: relative differences of predicted times that are told apart, one fit after the other
-_SHARPER = (0.03, 0.012, 0.006)
-_OF_ERRORS, _HELD, _LARGE, _NUM_STEPS = 0.1, 0.002, 0.05, 100
+#: relative differences of predicted times that are told apart, one fit after the other; steps of L-BFGS in each
+_SHARPER, _NUM_STEPS = (0.03, 0.012, 0.006), 100
+#: what errors of predictions weigh beside losses, and from which relative error on they count by their size
+_OF_ERRORS, _LARGE = 0.1, 0.05
+#: what squares of the logarithms of how far constants have moved weigh
+_HELD = 0.002
+#: what the square of a loss counts beside it, and what is lost to plain attention beyond the share that is allowed
 _SQUARED, _BEHIND_PLAIN, _ALLOWED = 10.0, 3.0, 0.01
-_KERNELS = ("decode", "fa2_64", "fa2_128", "fa3", "short", "fa3_in_line")
-_NUMBERS = ("wave_us", "token_ns", "bytes_per_s", "reread_bytes_per_s", "part_ns", "row_ns", "mix")
 
 
 def _tensor(value: Any) -> torch.Tensor:  # noqa: ANN401  a number or a tensor
@@ -73,7 +79,7 @@ class TensorDevice:
         self.num_processors, self.fa3_waits = begin.num_processors, begin.fa3_waits
         none = _tensor(0.0)
         #: the kernels' numbers, [7, kernels]
-        self.table = torch.stack([torch.stack([found.get((k, n), none) for k in _KERNELS]) for n in _NUMBERS])
+        self.table = torch.stack([torch.stack([found.get((k, n), none) for k in KERNELS]) for n in OF_KERNELS])
 
 
 class Batches:
@@ -84,6 +90,12 @@ class Batches:
         steps: their ways; plain is one of each batch's.
         heads: the model's.
         weights: how much each batch counts.
+
+    Attributes:
+        us: microseconds a layer that each way took, [ways].
+        batch: its batch, [ways].
+        losses: how much longer than the fastest way of its batch it took, [ways].
+        badness: how bad that is to choose, [ways].
     """
 
     def __init__(self, name: str, steps: Sequence[Measured], heads: Heads, weights: Sequence[float]) -> None:
@@ -100,8 +112,7 @@ class Batches:
         np.minimum.at(best, batch, us)
         np.minimum.at(plain, batch[levels == 0], us[levels == 0])
         self.us, self.batch = _tensor(us), torch.as_tensor(batch)
-        self.is_plain, self.levels = torch.as_tensor(levels == 0), _tensor(np.maximum(levels - 1, 0))
-        #: how much longer than the best of its batch a way takes, and how bad that is
+        self._is_plain, self._after_first = torch.as_tensor(levels == 0), _tensor(np.maximum(levels - 1, 0))
         self.losses = us / best[batch] - 1
         behind = np.maximum(us / plain[batch] - 1 - _ALLOWED, 0)
         self.badness = _tensor(self.losses + _SQUARED * self.losses**2 + _BEHIND_PLAIN * behind)
@@ -122,9 +133,9 @@ class Batches:
 
     def compared(self, us: torch.Tensor) -> torch.Tensor:
         """What the planner compares: times, with its margins."""
-        device = Device()
-        least = ((1 - device.margin) * us - device.margin_us).clamp(min=0.1)
-        return torch.where(self.is_plain, least, us * (1 + device.level_margin) ** self.levels)
+        device: Any = Device()  # of tensors too
+        least = device.enough_us(us).clamp(min=0.1)  # what has a logarithm
+        return torch.where(self._is_plain, least, us * (1 + device.level_margin) ** self._after_first)
 
     def lost(self, us: torch.Tensor) -> FloatArray:
         """What each batch loses by the choice that these predictions lead to."""
@@ -152,15 +163,17 @@ def _is_fa3(load: Load) -> torch.Tensor:
 def batches_of(name: str) -> list[Batches]:
     """Recorded rows: where their pages are, and once more as if they lay anywhere, which is how levels are chosen."""
     found = [batch for row in recorded(name) if (batch := RecordedBatch(row)).is_as_now]
-    weights = [_PROMISED * (_MORE if batch.row["name"] == _ALONE else 1.0) for batch in found]
+    weights = [1.0] * len(found)
+    if not name:
+        weights = [_PROMISED * (_MORE if batch.row["name"] == _ALONE else 1.0) for batch in found]
     heads, in_line = Heads(*found[0].row["heads"]), found[0].row["how"]["in_line"]
     both = [in_line, False] if in_line else [False]
     return [
         Batches(
-            name or "promised",
+            (name or "promised") + ("" if lies or not in_line else ", anywhere"),
             [step for number, batch in enumerate(found) for step in batch.steps(in_line=lies, batch=number)],
             heads,
-            [weight / len(both) for weight in weights] if not name else [1 / len(both)] * len(found),
+            [weight / len(both) for weight in weights],
         )
         for lies in both
     ]
@@ -177,7 +190,15 @@ def all_batches(without: Sequence[str]) -> list[Batches]:
 
 
 def fitted(begin: Device, batches: Sequence[Batches], *, on_stage: Callable[[float], None] = lambda _: None) -> Device:
-    """The constants by which choosing loses least."""
+    """The constants by which choosing loses least.
+
+    Args:
+        begin: where to begin.
+        batches: what was measured.
+        on_stage: called after each of the three fits with what was to be made small, as it was at its beginning.
+
+    Cost: O(ways) for each of some 400 evaluations; four minutes for all that is recorded.
+    """
     start = _tensor(logs_of(begin))
     logs = start.clone().requires_grad_()
     total = float(sum(its.weights.sum() for its in batches))
@@ -203,7 +224,7 @@ def report(device: Device, batches: Sequence[Batches]) -> None:
         us = its.predict(tensors)
         lost, off = its.lost(us), torch.median(torch.abs(us / its.us - 1))
         print(
-            f"{its.name:18} {len(lost):4} batches: {lost.mean():6.2%} lost in the mean, {lost.max():6.1%} at most, "
+            f"{its.name:20} {len(lost):4} batches: {lost.mean():6.2%} lost in the mean, {lost.max():6.1%} at most, "
             f"{(lost > 0.05).sum():3} over 5 %; predictions {float(off):5.1%} off at the median"
         )
 
@@ -220,8 +241,8 @@ def main() -> None:
     found = fitted(begin, used, on_stage=lambda value: print(f"fitting from {value:.4f}", flush=True))
     print(f"fitted{' without ' if without else ''}{' '.join(without)}")
     report(found, every)
-    for kernel in _KERNELS:
-        print(kernel, ", ".join(f"{getattr(getattr(found, kernel), name):.4g}" for name in _NUMBERS))
+    for kernel in KERNELS:
+        print(kernel, ", ".join(f"{getattr(getattr(found, kernel), name):.4g}" for name in OF_KERNELS))
     for owner, name in NAMES:
         if not owner:
             print(name, f"{getattr(found, name):.4g}")

@@ -11,6 +11,7 @@ import numpy as np
 from attrs import evolve
 
 from benchmarks.gpu_shapes import PAGE_SIZE, Shape, tables_of
+from seqattn.device import Device
 from seqattn.fit import Measured
 from seqattn.forest import Run, build_forest
 from seqattn.groups import groups_of
@@ -57,11 +58,11 @@ class RecordedBatch:
         """
         if self.row["as_now"]:
             return True
-        heads = Heads(*self.row["heads"])
+        heads, num_processors = Heads(*self.row["heads"]), Device().num_processors
         for kept in {frozenset(depths_in(name)) for name in self.row["choices"]}:
             last = self.levels(kept, in_line=False)[-1]
             count, longest, total = len(last.rows), int(last.tokens.max()), int(last.tokens.sum())
-            if (count >= 16 and total <= 176 * count) != is_short(heads, 132, count, longest, total):
+            if (count >= 16 and total <= 176 * count) != is_short(heads, num_processors, count, longest, total):
                 return False
         return True
 

@@ -234,7 +234,7 @@ def _draw(rows: Rows, path: Path) -> None:
     figure.suptitle(
         "Decode attention of one layer on an H200\n"
         "256: 8,192 + 512 is 256 sequences that share 8,192 tokens and have 512 of their own each;\n"
-        f"128: 2 {TIMES} 8,192, 8 {TIMES} 4,096 each + 512 has two prompts, and on each of them eight documents",
+        f"128: 2 {TIMES} 8,192, 8 {TIMES} 8,192 each + 512 has two prompts, and on each of them eight documents",
         fontsize=9,
     )
     axes.legend(frameon=False, fontsize=9, loc="lower right")

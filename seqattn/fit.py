@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 
     FloatArray = npt.NDArray[np.float64]
 
-__all__ = ["NAMES", "Measured", "Steps", "device_with", "fit_device", "logs_of", "predict"]
+__all__ = ["KERNELS", "NAMES", "OF_KERNELS", "Measured", "Steps", "device_with", "fit_device", "logs_of", "predict"]
 
-_KERNELS = ("decode", "fa2_64", "fa2_128", "fa3", "short", "fa3_in_line")
-_OF_KERNELS = ("wave_us", "token_ns", "bytes_per_s", "reread_bytes_per_s", "part_ns", "row_ns", "mix")
+#: in the order of their numbers in `seqattn.load`; and of a kernel's cost, in the order of `Device.table`
+KERNELS = ("decode", "fa2_64", "fa2_128", "fa3", "short", "fa3_in_line")
+OF_KERNELS = ("wave_us", "token_ns", "bytes_per_s", "reread_bytes_per_s", "part_ns", "row_ns", "mix")
 _OF_DEVICE = (
     "plain_us", "start_us", "level_us", "last_us", "gather_us", "fa2_waits", "spread", "lower_waits", "last_waits",
     "result_ns", "gathered_ns",
@@ -40,7 +41,7 @@ _OF_DEVICE = (
 #: fa3 splits nothing
 _UNUSED = {(kernel, name) for kernel in ("fa3", "fa3_in_line") for name in ("part_ns", "row_ns")}
 #: the constants that are looked for: the kernel or "", and the name
-NAMES = [(kernel, name) for kernel in _KERNELS for name in _OF_KERNELS if (kernel, name) not in _UNUSED]
+NAMES = [(kernel, name) for kernel in KERNELS for name in OF_KERNELS if (kernel, name) not in _UNUSED]
 NAMES += [("", name) for name in _OF_DEVICE]
 #: what a constant is at most
 _MOST = {"spread": 1.0}
@@ -110,7 +111,7 @@ def device_with(begin: Device, logs: FloatArray) -> Device:
         name: float(min(value, _MOST.get(name[1], np.inf))) for name, value in zip(NAMES, np.exp(logs), strict=True)
     }
     changes: dict[str, Any] = {name: value for (owner, name), value in found.items() if not owner}
-    for kernel in _KERNELS:
+    for kernel in KERNELS:
         own = {name: value for (owner, name), value in found.items() if owner == kernel}
         changes[kernel] = evolve(getattr(begin, kernel), **own)
     return evolve(begin, **changes)

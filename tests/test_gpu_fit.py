@@ -60,7 +60,8 @@ def test_a_row_without_a_time_for_every_way_is_refused(tmp_path: Path) -> None:
         measured_in(tmp_path / "calibration.jsonl")
 
 
-def test_rows_are_written_as_they_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_fa3", [True, False])
+def test_rows_are_written_as_they_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, has_fa3: bool) -> None:
     class Timer:
         def __init__(self, *_: object) -> None:
             self.times = 0
@@ -73,6 +74,7 @@ def test_rows_are_written_as_they_are_read(monkeypatch: pytest.MonkeyPatch, tmp_
             return float(self.times)
 
     monkeypatch.setattr(gpu_calibration, "CudaSteps", Timer)
+    monkeypatch.setattr(gpu_calibration, "_can_run_fa3", lambda: has_fa3)
     monkeypatch.setattr(
         "sys.argv", ["gpu_calibration", "--out", str(tmp_path), "--shapes", "3", "--heads", "8", "2", "64"]
     )
@@ -81,6 +83,7 @@ def test_rows_are_written_as_they_are_read(monkeypatch: pytest.MonkeyPatch, tmp_
     assert heads == Heads(8, 2, 64)
     assert [step.us for step in steps] == [float(n) for n in range(1, len(steps) + 1)]
     assert steps[-1].batch == 2
+    assert any(any(step.slices) for step in steps) is has_fa3
 
 
 @pytest.mark.parametrize("name", ["", "_uneven", "_8_1"])
@@ -155,5 +158,6 @@ def test_the_script_says_what_is_lost_and_what_it_found(
 def test_names_that_are_left_out_are_not_fitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_fit, "ROWS", ("_ragged", "_8_1"))
     monkeypatch.setattr(gpu_fit, "CALIBRATIONS", ("_8_1",))
-    assert {its.name for its in gpu_fit.all_batches(())} == {"_ragged", "_8_1", "calibration_8_1"}
-    assert {its.name for its in gpu_fit.all_batches(("_8_1", "calibration_8_1"))} == {"_ragged"}
+    ragged, both = {"_ragged", "_ragged, anywhere"}, {"_8_1", "_8_1, anywhere", "calibration_8_1"}
+    assert {its.name for its in gpu_fit.all_batches(())} == ragged | both
+    assert {its.name for its in gpu_fit.all_batches(("_8_1", "calibration_8_1"))} == ragged

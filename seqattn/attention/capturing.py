@@ -21,8 +21,9 @@ def capturing() -> Iterator[None]:
 
     Beginning one waits for the device, which another thread's capture on it would not survive. Nor does a capture
     survive that an older graph is destroyed by its thread: "operation not permitted when stream is capturing"
-    (pytorch/pytorch#161037). Graphs whose owners are gone lie in cycles that Python collects whenever it likes, so it
-    collects none meanwhile.
+    (pytorch/pytorch#161037). Engines and models refer to themselves, so that graphs which nobody has any more are left
+    to Python's collector, and that runs at any new container. It is turned off meanwhile, for the whole process: as
+    long as a model's step is run once. What a model itself collects or drops then is not held back.
     """
     with _ONE_AT_A_TIME:
         was_enabled = gc.isenabled()

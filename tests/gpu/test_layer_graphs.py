@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -118,10 +119,12 @@ def test_rows_that_stay_where_they_are_take_one_graph_and_rows_that_move_are_fou
 
 def test_graphs_that_are_garbage_do_not_spoil_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python may collect at any new container, and a graph that the capturing thread destroys ends its capture."""
-    engine = Engine(num_sequences=8)
-    held = [ByLayer(engine, [8])]
-    compare(engine, held[0], 4, hybrid=False)  # type: ignore[arg-type]
+    old = Engine(num_sequences=8)
+    held = [ByLayer(old, [8])]
+    compare(old, held[0], 4, hybrid=False)  # type: ignore[arg-type]
     assert held[0].graphs.num_captures == 1
+    graphs = weakref.ref(held[0])
+    lived: list[bool] = []
     plain = LayerStep.attend
 
     def attend(step: LayerStep, q: torch.Tensor, layer: int) -> torch.Tensor:
@@ -130,9 +133,11 @@ def test_graphs_that_are_garbage_do_not_spoil_a_capture(monkeypatch: pytest.Monk
             cycle.append(cycle)
             del cycle  # garbage from here on
             assert len([[i] for i in range(1000)]) == 1000
+            lived.append(graphs() is not None)
         return plain(step, q, layer)
 
     monkeypatch.setattr(LayerStep, "attend", attend)
+    engine = Engine(num_sequences=8)
     after = ByLayer(engine, [8])
     threshold = gc.get_threshold()
     gc.set_threshold(1, 1, 1)
@@ -140,5 +145,6 @@ def test_graphs_that_are_garbage_do_not_spoil_a_capture(monkeypatch: pytest.Monk
         compare(engine, after, 4, hybrid=False)  # type: ignore[arg-type]
     finally:
         gc.set_threshold(*threshold)
-    assert not held
+    assert lived == [True]
+    assert graphs() is None, "else it was no garbage"
     assert (after.graphs.num_captures, after.graphs.num_eager) == (1, 1), "a capture that fails leaves none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import threading
 import weakref
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from seqattn.attention.capturing import capturing
+from tests.sources import ROOT
 
 
 class Cycle:
@@ -68,7 +70,7 @@ def test_a_capture_within_a_capture_ends_with_the_outer_one() -> None:
     assert gc.isenabled()
 
 
-def test_two_threads_capture_one_after_the_other() -> None:
+def test_threads_capture_one_after_the_other() -> None:
     inside, most, lock = 0, 0, threading.Lock()
     begin = threading.Barrier(8)
 
@@ -91,3 +93,19 @@ def test_two_threads_capture_one_after_the_other() -> None:
         thread.join()
     assert most == 1
     assert gc.isenabled()
+
+
+def calls_in(node: ast.AST) -> set[str]:
+    return {ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
+
+
+def test_every_capture_of_the_package_is_one_of_these() -> None:
+    """A function that begins one does so inside `capturing`."""
+    found = []
+    for path in sorted([*ROOT.glob("seqattn/**/*.py"), *ROOT.glob("radix/**/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and calls_in(node) & {"torch.cuda.graph", "graph.capture_begin"}:
+                held = [each for each in ast.walk(node) if isinstance(each, ast.With)]
+                held = [each for each in held if any("capturing" in calls_in(item) for item in each.items)]
+                found.append((path.name, bool(held)))
+    assert found == [("captured.py", True), ("layers.py", True), ("cuda_steps.py", True)]

@@ -107,6 +107,8 @@ WERE_SLOWER = {
     "(2, 992, 8, 160, 256) for 32_seed101": 0.05,
     "(8, 2192, 400)_uneven103": 0.05,
 }
+#: losses are 1.8 % in the mean, but here
+MEANS = {"": 0.005, "_uneven": 0.035, "_seed83": 0.025, "_uneven109": 0.04}
 #: flashinfer's cascade took 1.9 times as long as ours at least, but here
 LESS_AHEAD = {"(512, 43872, 144)_scattered": 1.717}
 
@@ -171,6 +173,12 @@ def test_the_planner_weighs_every_set_of_levels(shape: Recorded) -> None:
     harder = 1 + DEVICE.level_margin
     others = [us * harder ** name.count("+") for name, us in shape.anywhere.items() if any(kept)]
     assert best * harder ** max(len(groups) - 2, 0) <= min([*others, shape.predicted["plain"]]) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_planner_is_right_in_most_cases_of_each_kind(name: str) -> None:
+    losses = [shape.loss for shape in SHAPES if shape.row["id"] == shape.row["name"] + name]
+    assert statistics.mean(losses) <= MEANS.get(name, 0.018)
 
 
 def test_the_planner_is_right_in_most_cases() -> None:
