@@ -37,7 +37,7 @@ from seqattn import PagedAttention, PagedKVCacheManager
 from seqattn.attention.calls import Choice
 from seqattn.attention.plan import plan_batch
 from seqattn.cost import runs_that_pay
-from seqattn.forest import Run, build_forest
+from seqattn.forest import Run, build_forest, depths_of
 from seqattn.hybrid import pack_hybrid, pack_runs
 from seqattn.packed import FlashInferHybridData
 from tests.gpu.batches import attend, relative_error
@@ -169,9 +169,7 @@ def cascade_by_hand(step: Step) -> tuple[Callable[[], None], Callable[[], None]]
 def every_choice(step: Step) -> Iterator[tuple[str, FlashInferHybridData, list[Choice]]]:
     """All subsets of the forest's depths, at most three levels, with every kernel for each."""
     _, runs = step.forest
-    depths: list[int] = []
-    for run in runs:
-        depths.append(0 if run.parent is None else depths[run.parent] + 1)
+    depths = depths_of(runs)
     ways = [Choice("fa2"), *(Choice("fa3", slices) for slices in SLICES)]
     for size in range(min(2, len(set(depths))) + 1):
         for kept in itertools.combinations(sorted(set(depths)), size):

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_about import about_run
+from seqattn.attention.fa3_sources import sound_costs
 from seqattn.calibrate import CalibrationBatch, Shape, calibration_shapes
-from seqattn.constants import Chip
+from seqattn.constants import Chip, scaled
 from seqattn.cuda_steps import CudaSteps
 from seqattn.fit import Measured
 from seqattn.load import Heads
@@ -50,11 +51,8 @@ def measured_rows(timer: CudaSteps, shapes: list[Shape], *, has_fa3: bool) -> It
 
 
 def _can_run_fa3() -> bool:
-    """Whether the device has fa3 and it can be compiled: where it cannot, fa2 would be measured in its name."""
-    from seqattn.attention.fa3_sources import is_off, why_fa3_cannot_be_used
-
-    chip = Chip.of(torch.cuda.get_device_properties(0))
-    return chip.has_fa3 and not is_off() and why_fa3_cannot_be_used() is None
+    """Whether the device runs fa3: where it cannot, of which it is warned, fa2 would be measured in its name."""
+    return sound_costs(scaled(Chip.of(torch.cuda.get_device_properties(0)))).has_fa3
 
 
 def main() -> None:

@@ -31,9 +31,9 @@ import torch
 from benchmarks.gpu_calibration import measured_in
 from benchmarks.gpu_recorded import RESULTS, RecordedBatch, recorded
 from seqattn.device import Device
-from seqattn.fit import KERNELS, NAMES, OF_KERNELS, Measured, Steps, device_with, logs_of
+from seqattn.fit import KERNELS, MOST, NAMES, OF_KERNELS, Measured, Steps, device_with, logs_of
 from seqattn.load import FA3, FA3_IN_LINE, Heads, Load
-from seqattn.steps import Functions, body_of, step_us
+from seqattn.steps import Functions, body_of, times
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -75,7 +75,7 @@ class TensorDevice:
         found = dict(zip(NAMES, torch.exp(logs), strict=True))
         for (owner, name), value in found.items():
             if not owner:
-                setattr(self, name, torch.clamp(value, max=1.0) if name == "spread" else value)
+                setattr(self, name, torch.clamp(value, max=MOST.get(name, torch.inf)))
         self.num_processors, self.fa3_waits = begin.num_processors, begin.fa3_waits
         none = _tensor(0.0)
         #: the kernels' numbers, [7, kernels]
@@ -122,10 +122,7 @@ class Batches:
         us = torch.empty(len(self.us), dtype=torch.float64)
         for which, calls in self.by_levels:
             if which:
-                *shared, last = [self._body(device, *call) for call in calls]
-                lower = shared[1] if len(shared) > 1 else None
-                found = step_us(device, shared[0], lower, last, TENSORS) if shared else None
-                us[which] = device.plain_us + last[0] + last[1] if found is None else found
+                us[which] = times(device, [self._body(device, *call) for call in calls], TENSORS)
         return us
 
     def _body(self, device: Any, kernel: torch.Tensor, values: torch.Tensor, is_fa3: torch.Tensor) -> Any:  # noqa: ANN401
@@ -167,7 +164,7 @@ def batches_of(name: str) -> list[Batches]:
     if not name:
         weights = [_PROMISED * (_MORE if batch.row["name"] == _ALONE else 1.0) for batch in found]
     heads, in_line = Heads(*found[0].row["heads"]), found[0].row["how"]["in_line"]
-    both = [in_line, False] if in_line else [False]
+    both = [True, False] if in_line else [False]
     return [
         Batches(
             (name or "promised") + ("" if lies or not in_line else ", anywhere"),

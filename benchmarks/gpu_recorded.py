@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from attrs import evolve
 from benchmarks.gpu_shapes import PAGE_SIZE, Shape, tables_of
 from seqattn.device import Device
 from seqattn.fit import Measured
-from seqattn.forest import Run, build_forest
+from seqattn.forest import build_forest, depths_of
 from seqattn.groups import groups_of
 from seqattn.load import Groups, Heads, is_short
 
@@ -48,7 +48,7 @@ class RecordedBatch:
         self.lens = np.array([len(table) * PAGE_SIZE for table in tables])
         self.before = np.arange(len(tables) + 1)
         _, self.runs = build_forest(tables, ((self.lens - 1) // PAGE_SIZE).tolist())
-        self.depths = _depths_of(self.runs)
+        self.depths = depths_of(self.runs)
 
     @property
     def is_as_now(self) -> bool:
@@ -96,10 +96,3 @@ class RecordedBatch:
 def depths_in(name: str) -> list[int]:
     """The depths that are levels in a way to compute a batch, by its name."""
     return [] if name == "plain" else [int(part.split(":")[0]) for part in name.split("+")]
-
-
-def _depths_of(runs: Sequence[Run]) -> list[int]:
-    depths: list[int] = []
-    for run in runs:
-        depths.append(0 if run.parent is None else depths[run.parent] + 1)
-    return depths

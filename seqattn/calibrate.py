@@ -18,7 +18,7 @@ from attrs import evolve
 
 from seqattn.errors import BadValueError
 from seqattn.fit import Measured, fit_device
-from seqattn.forest import Run, build_forest
+from seqattn.forest import Run, build_forest, depths_of
 from seqattn.groups import groups_of
 
 if TYPE_CHECKING:
@@ -118,9 +118,7 @@ class CalibrationBatch:
         self.tables = [np.concatenate(parts) for parts in zip(*rows, strict=True)]
         self.lens = np.array([len(table) * PAGE_SIZE for table in self.tables], dtype=np.int64)
         self.forest: tuple[list[int], list[Run]] = build_forest(self.tables, ((self.lens - 1) // PAGE_SIZE).tolist())
-        self.depths: list[int] = []
-        for run in self.forest[1]:
-            self.depths.append(0 if run.parent is None else self.depths[run.parent] + 1)
+        self.depths = depths_of(self.forest[1])
 
     def levels(self, kept: Sequence[bool]) -> list[Groups]:
         """The groups of each level if these runs are kept."""

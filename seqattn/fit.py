@@ -22,14 +22,25 @@ from attrs import define, evolve
 from seqattn.device import Device, Heads
 from seqattn.errors import BadValueError
 from seqattn.load import Cut, Groups, Load, loads_of
-from seqattn.steps import bodies_of, step_us
+from seqattn.steps import bodies_of, times
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     FloatArray = npt.NDArray[np.float64]
 
-__all__ = ["KERNELS", "NAMES", "OF_KERNELS", "Measured", "Steps", "device_with", "fit_device", "logs_of", "predict"]
+__all__ = [
+    "KERNELS",
+    "MOST",
+    "NAMES",
+    "OF_KERNELS",
+    "Measured",
+    "Steps",
+    "device_with",
+    "fit_device",
+    "logs_of",
+    "predict",
+]
 
 #: in the order of their numbers in `seqattn.load`; and of a kernel's cost, in the order of `Device.table`
 KERNELS = ("decode", "fa2_64", "fa2_128", "fa3", "short", "fa3_in_line")
@@ -41,10 +52,12 @@ _OF_DEVICE = (
 #: fa3 splits nothing
 _UNUSED = {(kernel, name) for kernel in ("fa3", "fa3_in_line") for name in ("part_ns", "row_ns")}
 #: the constants that are looked for: the kernel or "", and the name
-NAMES = [(kernel, name) for kernel in KERNELS for name in OF_KERNELS if (kernel, name) not in _UNUSED]
-NAMES += [("", name) for name in _OF_DEVICE]
-#: what a constant is at most
-_MOST = {"spread": 1.0}
+NAMES = (
+    *((kernel, name) for kernel in KERNELS for name in OF_KERNELS if (kernel, name) not in _UNUSED),
+    *(("", name) for name in _OF_DEVICE),
+)
+#: what a constant is at most, by its name
+MOST = {"spread": 1.0}
 #: how much a constant is held near where it began
 _HELD = 0.2
 #: relative error from which on more counts less
@@ -108,7 +121,7 @@ def logs_of(device: Device) -> FloatArray:
 def device_with(begin: Device, logs: FloatArray) -> Device:
     """A device with the constants of these logarithms; what is not in `NAMES` is that of `begin`."""
     found = {
-        name: float(min(value, _MOST.get(name[1], np.inf))) for name, value in zip(NAMES, np.exp(logs), strict=True)
+        name: float(min(value, MOST.get(name[1], np.inf))) for name, value in zip(NAMES, np.exp(logs), strict=True)
     }
     changes: dict[str, Any] = {name: value for (owner, name), value in found.items() if not owner}
     for kernel in KERNELS:
@@ -151,13 +164,8 @@ class Steps:
         """Microseconds of each step."""
         us = np.empty(len(self.us))
         for which, calls in self.by_levels:
-            if not which:
-                continue
-            *shared, last = [bodies_of(device, call, self.heads) for call in calls]
-            if shared:
-                us[which] = step_us(device, shared[0], shared[1] if len(shared) > 1 else None, last)
-            else:
-                us[which] = device.plain_us + last[0] + last[1]
+            if which:
+                us[which] = times(device, [bodies_of(device, call, self.heads) for call in calls])
         return us
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     _Branch = tuple[list[int], Sequence[PageArray], Sequence[int], int, int | None]
 
-__all__ = ["Run", "add_runs", "agreed", "build_forest", "without"]
+__all__ = ["Run", "add_runs", "agreed", "build_forest", "depths_of", "without"]
 
 #: so many branches are found at once; fewer if they have branches themselves, else walking them is faster
 _MANY = 8
@@ -160,6 +160,14 @@ def add_runs(below: list[tuple[int, int, int]], runs: list[Run], first: int, dep
         _, above_end, above = around[-1]
         around.append((stop, end, len(runs)))
         runs.append(Run(first + begin, first + stop, above_end, end, above))
+
+
+def depths_of(runs: Sequence[Run]) -> list[int]:
+    """How many runs each run lies in."""
+    depths: list[int] = []
+    for run in runs:
+        depths.append(0 if run.parent is None else depths[run.parent] + 1)
+    return depths
 
 
 def without(runs: Sequence[Run], kept: Sequence[bool]) -> tuple[list[Run], list[int | None]]:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     FloatArray = npt.NDArray[np.float64]
 
-__all__ = ["ARRAYS", "NUMBERS", "bodies_of", "body_of", "one_by_one", "step_us"]
+__all__ = ["ARRAYS", "NUMBERS", "bodies_of", "body_of", "one_by_one", "step_us", "times"]
 
 #: how fast blocks of different lengths come to fill a last round up: the power of their mean over the longest
 _FILLED_UP = 4
@@ -119,6 +119,14 @@ def one_by_one(call: Sequence[float], then: Sequence[float], level_us: float) ->
     filled = (call[0] * call[2] + then[0] * then[2]) / body
     held, is_fa3 = max(call[4], then[4]), max(call[6], then[6])
     return body, post, filled, call[3], held, merge + level_us, is_fa3, *work, call[10], flow, chain
+
+
+def times(device: Device, calls: Sequence[Values], by: Functions = ARRAYS) -> Value:
+    """Microseconds of steps of at most two shared levels and a last one, coarsest first, each as `body_of` has it."""
+    *shared, last = calls
+    if not shared:
+        return device.plain_us + last[0] + last[1]
+    return step_us(device, shared[0], shared[1] if len(shared) > 1 else None, last, by)
 
 
 def step_us(
