@@ -1,7 +1,7 @@
 """Decode attention on a GPU: plain, flashinfer's own cascade, and levels composed and chosen by this library.
 
-    python -m benchmarks.gpu_attention --out DIR [--only known|random|ragged|uneven] [--every-choice] [--heads 32 8 128]
-        [--random 20] [--seed 0] [--scattered] [--ragged] [--uneven] [--dtype bfloat16]
+    python -m benchmarks.gpu_attention --out DIR [--only known|random|ragged|uneven|mixed] [--every-choice]
+        [--heads 32 8 128] [--random 20] [--seed 0] [--scattered] [--ragged] [--uneven] [--mixed] [--dtype bfloat16]
 
 Writes a row for each measurement to DIR/rows.jsonl and prints a table. A step is planned once and run in four layers,
 each with memory of its own, so that the L2 cache keeps nothing from one replay to the next; times are a layer's.
@@ -14,7 +14,8 @@ Prompts and documents lie side by side in memory, as a fresh allocator hands out
 "scattered" is ours with every page in a random place, and with --scattered all is measured so. Sequences of "ragged"
 shapes, and of all with --ragged, have between a quarter of the own tokens that the shape says and twice as many. So
 have those of "uneven" shapes, and of all with --uneven; and so have documents of their tokens, and the n-th of a system
-prompt is asked by sequences in proportion to 1 / n.
+prompt is asked by sequences in proportion to 1 / n. Own tokens of "mixed" shapes, and of all with --mixed, are
+log-normal. Choices that begin with "long" have levels for long lists of single sequences (`seqattn.long_lists`).
 """
 
 from __future__ import annotations
@@ -31,19 +32,30 @@ import torch
 
 from benchmarks.gpu_about import about_run
 from benchmarks.gpu_batches import with_values
-from benchmarks.gpu_shapes import KNOWN, PAGE_SIZE, RAGGED, UNEVEN, Shape, random_shapes, scattered, tables_of
+from benchmarks.gpu_by_hand import NUM_LAYERS, cascade_by_hand, plain_by_hand
+from benchmarks.gpu_shapes import (
+    KNOWN,
+    LONG,
+    MIXED,
+    PAGE_SIZE,
+    RAGGED,
+    UNEVEN,
+    Shape,
+    random_shapes,
+    scattered,
+    tables_of,
+)
 from benchmarks.gpu_timing import copy_rate, device_us, host_us, matrix_rate
 from seqattn import PagedAttention, PagedKVCacheManager
 from seqattn.attention.calls import Choice
 from seqattn.attention.plan import plan_batch
-from seqattn.cost import runs_that_pay
 from seqattn.forest import Run, build_forest, depths_of
 from seqattn.hybrid import pack_hybrid, pack_runs
+from seqattn.long_lists import runs_to_keep, with_long_lists
 from seqattn.packed import FlashInferHybridData
 from tests.gpu.batches import attend, relative_error
 from tests.seqattn.truth import Batch
 
-NUM_LAYERS = 4
 SLICES = (1, 2, 4, 8)
 
 
@@ -58,7 +70,7 @@ class Step:
             shape,
             options.seed,
             in_line=not options.scattered,
-            **{how: getattr(options, how) for how in ("ragged", "uneven")},
+            **{how: getattr(options, how) for how in ("ragged", "uneven", "mixed")},
         )
         self.scattered = scattered(self.tables, options.seed)
         self.lens = np.array([len(table) * PAGE_SIZE for table in self.tables], dtype=np.int64)
@@ -81,12 +93,23 @@ class Step:
         """The forest of the page tables."""
         return build_forest(self.tables, ((self.lens - 1) // PAGE_SIZE).tolist())
 
-    def planned(self, *, first: bool) -> list[bool]:
+    def planned(self, *, first: bool) -> list[Run]:
         """From the forest to the runs that pay, as if for the first time or once more."""
         if first and self.cost_model.device is not None:
             self.cost_model.device.chosen.clear()
-        _, runs = self.forest
-        return runs_that_pay(runs, np.arange(len(self.lens) + 1), self.lens, PAGE_SIZE, self.cost_model)
+        return runs_to_keep(self.forest[1], np.arange(len(self.lens) + 1), *self._sizes, PAGE_SIZE, self.cost_model)
+
+    @property
+    def _sizes(self) -> tuple[Any, Any]:
+        """Tokens, and pages that levels above the last may have, in the order of the forest."""
+        lens = self.lens[np.array(self.forest[0])]
+        return lens, (lens - 1) // PAGE_SIZE
+
+    @property
+    def with_long(self) -> list[Run]:
+        """The runs of the forest, and those of long lists."""
+        assert self.cost_model.device is not None
+        return with_long_lists(self.forest[1], *self._sizes, PAGE_SIZE, self.cost_model.device, self.cost_model.heads)
 
     def layers(self) -> None:
         """The planned step in every layer."""
@@ -121,60 +144,26 @@ class Step:
         return self.bytes / rates["copy"] * 1e6 + 4 * shared * self.num_qo_heads * head_dim / 700e12 * 1e6
 
 
-def plain_by_hand(step: Step) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The decode wrapper of flashinfer as its documentation has it: plan, and a run of every layer."""
-    import flashinfer
-
-    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
-    indptr = torch.from_numpy(np.concatenate(([0], np.cumsum(step.lens // PAGE_SIZE))).astype(np.int32))
-    indices = torch.from_numpy(np.concatenate(step.tables)).cuda()
-    last = torch.full((len(step.tables),), PAGE_SIZE, dtype=torch.int32)
-    manager = step.manager
-    sizes = (step.num_qo_heads, manager.num_heads, manager.head_dim, PAGE_SIZE)
-
-    def plan() -> None:
-        wrapper.plan(indptr, indices, last, *sizes, q_data_type=manager.dtype, kv_data_type=manager.dtype)
-
-    def run() -> None:
-        for layer in range(NUM_LAYERS):
-            wrapper.run(step.q, manager.layer_tensors(layer))
-
-    return plan, run
-
-
-def cascade_by_hand(step: Step) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The MultiLevelCascadeAttentionWrapper of flashinfer with every level of the forest."""
-    import flashinfer
-
-    data = step.packed(None)
-    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
-    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(len(data.levels), workspace, "NHD")
-    manager = step.manager
-    sizes = (step.num_qo_heads, manager.num_heads, manager.head_dim, PAGE_SIZE)
-    names = ("qo_indptr", "kv_page_indptr", "kv_page_indices", "kv_last_page_len")
-    tables = [[getattr(level, name) for level in data.levels] for name in names]
-    tables[2] = [indices.cuda() for indices in tables[2]]
-
-    def plan() -> None:
-        wrapper.plan(*tables, *sizes, q_data_type=manager.dtype, kv_data_type=manager.dtype)
-
-    def run() -> None:
-        for layer in range(NUM_LAYERS):
-            wrapper.run(step.q, manager.layer_tensors(layer))
-
-    return plan, run
-
-
 def every_choice(step: Step) -> Iterator[tuple[str, FlashInferHybridData, list[Choice]]]:
-    """All subsets of the forest's depths, at most three levels, with every kernel for each."""
-    _, runs = step.forest
+    """All subsets of the forest's depths, at most three levels, with every kernel for each; and with long lists."""
+    order, runs = step.forest
+    yield from _choices_of(step, step.forest)
+    if len(longer := step.with_long) > len(runs):
+        for name, data, choices in _choices_of(step, (order, longer)):
+            if len(choices) > 1:
+                yield f"{LONG}{name}", data, choices
+
+
+def _choices_of(
+    step: Step, forest: tuple[list[int], list[Run]]
+) -> Iterator[tuple[str, FlashInferHybridData, list[Choice]]]:
+    _, runs = forest
     depths = depths_of(runs)
     ways = [Choice("fa2"), *(Choice("fa3", slices) for slices in SLICES)]
     for size in range(min(2, len(set(depths))) + 1):
         for kept in itertools.combinations(sorted(set(depths)), size):
             data = pack_runs(
-                step.tables, step.lens, step.ones, step.forest, [d in kept for d in depths], page_size=PAGE_SIZE
+                step.tables, step.lens, step.ones, forest, [d in kept for d in depths], page_size=PAGE_SIZE
             )
             for chosen in itertools.product(ways, repeat=size):
                 name = "+".join(f"{d}:{way.kernel}x{way.slices}" for d, way in zip(kept, chosen, strict=True))
@@ -223,10 +212,11 @@ def parsed() -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=["known", "random", "ragged", "uneven"])
+    parser.add_argument("--only", choices=["known", "random", "ragged", "uneven", "mixed"])
     parser.add_argument("--scattered", action="store_true")
     parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--uneven", action="store_true")
+    parser.add_argument("--mixed", action="store_true")
     parser.add_argument("--random", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every-choice", action="store_true")
@@ -235,6 +225,7 @@ def parsed() -> argparse.Namespace:
     options = parser.parse_args()
     options.ragged = options.ragged or options.only == "ragged"
     options.uneven = options.uneven or options.only == "uneven"
+    options.mixed = options.mixed or options.only == "mixed"
     return options
 
 
@@ -249,6 +240,7 @@ def about_rows(rates: dict[str, float], options: argparse.Namespace) -> dict[str
         "in_line": not options.scattered,
         "ragged": options.ragged,
         "uneven": options.uneven,
+        "mixed": options.mixed,
         "short_lists": "by the longest",
     }
 
@@ -271,7 +263,9 @@ def main() -> None:
     about = about_rows(rates, options)
     print(json.dumps(about))
     drawn = random_shapes(options.random, options.seed)
-    shapes = {"known": KNOWN, "random": drawn, "ragged": RAGGED, "uneven": UNEVEN}.get(options.only, KNOWN + drawn)
+    shapes = {"known": KNOWN, "random": drawn, "ragged": RAGGED, "uneven": UNEVEN, "mixed": MIXED}.get(
+        options.only, KNOWN + drawn
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "rows.jsonl").open("w", encoding="utf-8") as file:
         print(json.dumps(about), file=file)

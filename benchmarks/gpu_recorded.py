@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from attrs import evolve
 
-from benchmarks.gpu_shapes import PAGE_SIZE, Shape, tables_of
+from benchmarks.gpu_shapes import LONG, PAGE_SIZE, Shape, tables_of
 from seqattn.device import Device
 from seqattn.fit import Measured
 from seqattn.forest import build_forest, depths_of
@@ -26,9 +26,18 @@ def recorded(name: str) -> list[dict[str, Any]]:
     """The rows of `gpu_attention_h200<name>.jsonl`, each with what its file says of all."""
     text = (RESULTS / f"gpu_attention_h200{name}.jsonl").read_text(encoding="utf-8")
     about, *rows = map(json.loads, text.splitlines())
-    how = {key: about.get(key, False) for key in ("in_line", "ragged", "uneven")}
+    how = {key: about.get(key, False) for key in ("in_line", "ragged", "uneven", "mixed")}
     more = {"seed": about["seed"], "how": how, "heads": tuple(about["heads"]), "as_now": "short_lists" in about}
-    return [row | more | {"id": f"{row['name']}{name}"} for row in rows]
+    return [row | more | _choices(row) | {"id": f"{row['name']}{name}"} for row in rows]
+
+
+def _choices(row: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The times of a row's choices apart: those of the forest, and those with long lists in levels."""
+    found = row["choices"].items()
+    return {
+        "choices": {name: us for name, us in found if not name.startswith(LONG)},
+        "long": {name.removeprefix(LONG): us for name, us in found if name.startswith(LONG)},
+    }
 
 
 class RecordedBatch:

@@ -7,8 +7,22 @@ import numpy.typing as npt
 
 from seqattn.calibrate import PAGE_SIZE, Shape
 
-__all__ = ["KNOWN", "PAGE_SIZE", "RAGGED", "UNEVEN", "Shape", "one_prefix", "random_shapes", "scattered", "tables_of"]
+__all__ = [
+    "KNOWN",
+    "LONG",
+    "MIXED",
+    "PAGE_SIZE",
+    "RAGGED",
+    "UNEVEN",
+    "Shape",
+    "one_prefix",
+    "random_shapes",
+    "scattered",
+    "tables_of",
+]
 
+#: what names of choices begin with whose levels have long lists of single sequences
+LONG = "long "
 #: tokens of KV in one layer that a random shape has at most: 1 GiB with 8 KV heads of 128 elements in 16 bits
 _MOST_TOKENS = 1 << 18
 
@@ -64,6 +78,20 @@ UNEVEN = [
 ]
 
 
+#: shapes whose sequences have own tokens of log-normal lengths, as conversations of users have: a few are very long
+MIXED = [
+    one_prefix(32, 0, 4096),
+    one_prefix(64, 0, 2048),
+    one_prefix(128, 0, 1536),
+    one_prefix(256, 0, 768),
+    one_prefix(512, 0, 384),
+    one_prefix(64, 4096, 1024),
+    one_prefix(256, 8192, 512),
+    Shape(128, 1, 2048, 16, 512, 512),
+    Shape(64, 4, 2048, 2, 512, 1024),
+]
+
+
 def random_shapes(count: int, seed: int) -> list[Shape]:
     """Shapes with sizes spread evenly over their orders of magnitude, a half of them forests."""
     rng = np.random.default_rng(seed)
@@ -87,7 +115,13 @@ def random_shapes(count: int, seed: int) -> list[Shape]:
 
 
 def tables_of(
-    shape: Shape, seed: int, *, in_line: bool = False, ragged: bool = False, uneven: bool = False
+    shape: Shape,
+    seed: int,
+    *,
+    in_line: bool = False,
+    ragged: bool = False,
+    uneven: bool = False,
+    mixed: bool = False,
 ) -> list[npt.NDArray[np.int32]]:
     """Page tables of a shape, neighbours sharing the most; pages in random places.
 
@@ -98,9 +132,12 @@ def tables_of(
         ragged: sequences have between a quarter of the own tokens and twice as many.
         uneven: so are they, and documents have between a quarter of their tokens and twice as many; the n-th is asked
             by sequences in proportion to 1 / n.
+        mixed: own tokens are log-normal, with the shape's number as their median and a deviation of their log of 1.
     """
     if uneven:
         return _uneven_tables(shape, seed, in_line=in_line)
+    if mixed:
+        return _mixed_tables(shape, seed, in_line=in_line)
     pages_each = [shape.system_len // PAGE_SIZE, shape.document_len // PAGE_SIZE, shape.own_len // PAGE_SIZE]
     num_prompts = shape.systems * shape.documents
     total = shape.systems * pages_each[0] + num_prompts * pages_each[1] + shape.batch * pages_each[2]
@@ -136,11 +173,33 @@ def _uneven_tables(shape: Shape, seed: int, *, in_line: bool) -> list[npt.NDArra
         fewest, most = -(-num_tokens // (4 * PAGE_SIZE)), 2 * num_tokens // PAGE_SIZE
         return [int(number) for number in rng.integers(fewest, most + 1, count)]
 
-    system_pages = [shape.system_len // PAGE_SIZE] * shape.systems
     document_pages = pages_of(shape.document_len, shape.systems * shape.documents)
     own_pages = pages_of(shape.own_len, shape.batch)
     shares = np.tile(1 / np.arange(1, shape.documents + 1), shape.systems)
     documents = np.sort(rng.choice(len(shares), shape.batch, p=shares / shares.sum())).tolist()
+    return _joined(shape, rng, documents, document_pages, own_pages, in_line=in_line)
+
+
+def _mixed_tables(shape: Shape, seed: int, *, in_line: bool) -> list[npt.NDArray[np.int32]]:
+    rng = np.random.default_rng(seed)
+    own_pages = np.ceil(rng.lognormal(np.log(shape.own_len), 1, shape.batch) / PAGE_SIZE).astype(int).tolist()
+    num_prompts = shape.systems * shape.documents
+    documents = (np.arange(shape.batch) * num_prompts // shape.batch).tolist()
+    document_pages = [shape.document_len // PAGE_SIZE] * num_prompts
+    return _joined(shape, rng, documents, document_pages, own_pages, in_line=in_line)
+
+
+def _joined(
+    shape: Shape,
+    rng: np.random.Generator,
+    documents: list[int],
+    document_pages: list[int],
+    own_pages: list[int],
+    *,
+    in_line: bool,
+) -> list[npt.NDArray[np.int32]]:
+    """Tables of sequences by their documents, from how many pages each document and each sequence has."""
+    system_pages = [shape.system_len // PAGE_SIZE] * shape.systems
     sizes = [*system_pages, *document_pages, *own_pages]
     first_own = sum(sizes) - sum(own_pages)
     pages = np.arange(sum(sizes), dtype=np.int32)

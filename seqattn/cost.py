@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    BoolArray = npt.NDArray[np.bool_]
     FloatArray = npt.NDArray[np.float64]
     Int64Array = npt.NDArray[np.int64]
 
@@ -233,9 +234,10 @@ def _fastest(
         return [depth in best for depth in alike.depths]
     arrays = RunArrays(runs, rows_before)
     costs = RunCosts(arrays, rows_before, page_size, model)
-    if not costs.most_saved() > 0:
+    alone = arrays.size == 1
+    if not alone.any() and not costs.most_saved() > 0:
         return [False] * len(runs)
-    masks = _masks(costs, min(len(arrays.members), _MOST_LEVELS))
+    masks = _masks(costs, min(len(arrays.members), _MOST_LEVELS), alone)
     cut, num_shared = cut_of(arrays, masks, num_tokens, rows, page_size=page_size)
     kept: list[bool] = masks[device.choose(cut, num_shared, model.heads)].tolist()
     return kept
@@ -248,15 +250,19 @@ def _depth_sets(num_depths: int) -> list[tuple[int, ...]]:
     return [kept for size in range(most + 1) for kept in combinations(range(min(num_depths, MOST_DEPTHS)), size)]
 
 
-def _masks(costs: RunCosts, num_levels: int) -> npt.NDArray[np.bool_]:
+def _masks(costs: RunCosts, num_levels: int, alone: BoolArray) -> BoolArray:
     """Choices of runs that a device compares, none the first; [choices, runs].
 
-    Depths as a whole, of the first few; and the best by costs for each number of levels.
+    Depths as a whole, of the first few; and the best by costs for each number of levels, without the runs of one
+    sequence, which only a device sees a use for, and with all of them.
     """
     sets = _depth_sets(len(costs.runs.members))
     depths = np.zeros((len(sets), len(costs.runs.members)), dtype=bool)
     for mask, kept in zip(depths, sets, strict=True):
         mask[list(kept)] = True
-    masks = np.concatenate((depths[:, costs.runs.depth], RunChoice(costs, num_levels).best_of_each()))
+    masks = depths[:, costs.runs.depth]
+    if not alone.all():
+        best = RunChoice(costs, num_levels).best_of_each()
+        masks = np.concatenate((masks, best, best | alone) if alone.any() else (masks, best))
     first_of = {mask.tobytes(): i for i, mask in reversed(list(enumerate(masks)))}
     return masks[sorted(first_of.values())]

@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from seqattn.cost import CostModel, runs_that_pay
+from seqattn.cost import CostModel
 from seqattn.counts import one_integer_each
 from seqattn.errors import BadValueError, InvariantError, LengthError
 from seqattn.forest import Run, build_forest, without
 from seqattn.indptr import to_numpy
 from seqattn.levels import last_level, shared_levels, summed
+from seqattn.long_lists import runs_to_keep
 from seqattn.packed import FlashInferHybridData
 
 if TYPE_CHECKING:
@@ -111,11 +112,11 @@ def pack_levels(
         page_size: token slots in a page.
     """
     order, runs = build_forest(tables, limits)
-    kept = None
-    if model is not None and runs:
+    if model is not None and order:
         places = np.array(order)
-        kept = runs_that_pay(runs, summed(rows[places]), lens[places], page_size, model)
-    return pack_runs(tables, lens, rows, (order, runs), kept, page_size=page_size)
+        its = summed(rows[places]), lens[places], np.array(limits)[places]
+        runs = runs_to_keep(runs, *its, page_size, model)
+    return pack_runs(tables, lens, rows, (order, runs), None, page_size=page_size)
 
 
 def pack_runs(
@@ -140,7 +141,7 @@ def pack_runs(
     order, runs = forest
     if kept is not None:
         runs, _ = without(runs, kept)
-        order = order if runs else list(range(len(tables)))
+    order = order if runs else list(range(len(tables)))
     places = np.array(order, dtype=np.int64)  # once: a list of numbers takes as long as all the rest to convert
     ordered, rows_before, its_lens = [tables[i] for i in order], summed(rows[places]), lens[places]
     levels = shared_levels(runs, ordered, rows_before, page_size)

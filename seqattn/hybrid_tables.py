@@ -29,13 +29,14 @@ import torch
 from attrs import define
 
 from seqattn.asked_batch import Batch, asked_batch
-from seqattn.cost import CostModel, runs_that_pay
+from seqattn.cost import CostModel
 from seqattn.flat_tables import as_int32
-from seqattn.forest import without
+from seqattn.forest import Run
 from seqattn.hybrid import model_of
 from seqattn.known_forest import KnownForest
 from seqattn.last_pages import LastPages
 from seqattn.levels import pages_above, shared_levels, summed
+from seqattn.long_lists import runs_to_keep
 from seqattn.packed import FlashInferHybridData, HybridLevel
 
 if TYPE_CHECKING:
@@ -60,11 +61,11 @@ _TOKENS_ALIKE = 32
 
 @define(slots=True, frozen=True, eq=False)
 class _Choice:
-    """Which runs are kept, and for what: lengths in steps."""
+    """Which runs are levels' groups, and for what: lengths in steps."""
 
     model: CostModel | None
     lens: tuple[int, int]
-    kept: list[bool]
+    runs: list[Run]
 
 
 @define(slots=True, frozen=True, eq=False)
@@ -186,7 +187,7 @@ class HybridTables:
         choice = old.choice
         if choice.lens != _steps(batch.lens, model) or (choice.model is not model and choice.model != model):
             choice = _choice(forest, batch, model, page_size)
-            if choice.kept != old.choice.kept:
+            if choice.runs != old.choice.runs:
                 return self._packed(forest, choice, batch, page_size)
         counts = batch.counts[old.places]
         kept = old.rows, choice, old.places, old.order, old.shared, old.begins
@@ -194,7 +195,7 @@ class HybridTables:
 
     def _packed(self, forest: KnownForest, choice: _Choice, batch: Batch, page_size: int) -> _Levels:
         """The batch in levels, from its forest."""
-        runs = forest.runs if all(choice.kept) else without(forest.runs, choice.kept)[0]
+        runs = choice.runs
         places = forest.order if runs else np.arange(len(batch.lens))
         rows_before = _rows_before(batch, places)
         tables = batch.tables()
@@ -231,12 +232,10 @@ def _marked(found: Sequence[SequenceData], marks: list[object]) -> list[object]:
 
 
 def _choice(forest: KnownForest, batch: Batch, model: CostModel | None, page_size: int) -> _Choice:
-    """Which of the forest's runs to keep; asks the model."""
-    if model is None or not forest.runs:
-        return _Choice(model, _steps(batch.lens, model), [True] * len(forest.runs))
+    """Which of the forest's runs to keep, and which lists to cut; asks the model."""
     places = forest.order
-    kept = runs_that_pay(forest.runs, _rows_before(batch, places), batch.lens[places], page_size, model)
-    return _Choice(model, _steps(batch.lens, model), kept)
+    its = _rows_before(batch, places), batch.lens[places], batch.limits[places]
+    return _Choice(model, _steps(batch.lens, model), runs_to_keep(forest.runs, *its, page_size, model))
 
 
 def _steps(lens: Int64Array, model: CostModel | None) -> tuple[int, int]:

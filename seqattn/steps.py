@@ -2,13 +2,14 @@
 
 A call takes, alone, once it has started (`seqattn.load` counts its blocks):
 
-    computing = blocks a multiprocessor * wave + max(tokens a multiprocessor, tokens of the longest block) * token
+    computing = blocks a multiprocessor * wave + max(tokens a multiprocessor, late + those of the longest block) * token
     body      = (computing ** mix + reading ** mix) ** (1 / mix)
     call      = body + rows merged of the kernel's own splits
 
 Lists of different lengths leave multiprocessors idle. fa3 hands its blocks out the longest first, so that short ones
 fill up what a last round of equal ones would leave. Of decode and fa2 two blocks share a multiprocessor: a long one
-that outlasts the others does not go faster for that.
+that outlasts the others does not go faster for that. They begin head by head, in the order of the lists: `late` is what
+is done before the longest list of the last head begins.
 
 `reading` is memory traffic: tokens that no block has read yet come from memory, those read again from the L2 cache.
 What is written, merged or laid out row by row takes time by the elements of a row.
@@ -67,7 +68,7 @@ NUMBERS = Functions(math.ceil, math.floor, max, min, lambda condition, yes, no: 
 
 
 def bodies_of(device: Device, load: Load, heads: Heads) -> FloatArray:
-    """What calls take, from what they have to do: `body_of` of each, float64 [13, ...]."""
+    """What calls take, from what they have to do: `body_of` of each, float64 [14, ...]."""
     is_fa3 = (load.kernel == FA3) | (load.kernel == FA3_IN_LINE)
     return np.array(body_of(device, device.table[:, load.kernel], is_fa3, load.values, heads, ARRAYS))
 
@@ -89,7 +90,8 @@ def body_of(
         all blocks; merging the kernel's own splits; the share of the multiprocessors that the blocks fill; the blocks
         that run at the same time; how many of these there are, in halves of a multiprocessor; merging results with
         those of other levels and gathering queries; 1 for fa3, else 0; blocks; computing, as if no block were longer
-        than others, and reading, each alone, and how they mix; both together; the longest block.
+        than others, and reading, each alone, and how they mix; both together; the longest block; how much of all is
+        done before it begins, at the latest.
     """
     wave_us, token_ns, rate, again_rate, part_ns, row_ns, mix = cost
     blocks, tokens, longest, parts, split_rows, results, gathered, new, again = load
@@ -98,7 +100,9 @@ def body_of(
     each = by.ceil(share)
     rounds = by.where(is_fa3, share + (each - share) * (mean / longest) ** _FILLED_UP, each)
     flowing = each * wave_us + rounds * mean * token_us
-    alone = by.where(is_fa3, 1, by.minimum(each, 2)) * longest
+    # Blocks of the last head begin behind those of the others, but for the first ones.
+    late = (1 - is_fa3) * by.maximum(1 - 0.5 / heads.num_kv_heads - 2 * device.num_processors / blocks, 0)
+    alone = by.where(is_fa3, 1, by.minimum(each, 2)) * longest + late * rounds * mean
     computing = each * wave_us + by.maximum(rounds * mean, alone) * token_us
     reading = (new / rate + again / again_rate) * 1e6
     body = (computing**mix + reading**mix) ** (1 / mix)
@@ -110,15 +114,15 @@ def body_of(
     held = by.minimum(blocks * (1 + is_fa3), 2 * device.num_processors)
     merge = (results * device.result_ns + gathered * device.gathered_ns) * row / 1e3
     chain = wave_us + longest * token_us * (2 - is_fa3)
-    return body, post, filled, wave, held, merge, is_fa3, blocks, flowing, reading, mix, flow, chain
+    return body, post, filled, wave, held, merge, is_fa3, blocks, flowing, reading, mix, flow, chain, late
 
 
 def one_by_one(call: Sequence[float], then: Sequence[float], level_us: float) -> tuple[float, ...]:
     """Two calls one after the other, as one; each as `body_of` has it."""
-    body, post, _, _, _, merge, _, *work, _, flow, chain = (a + b for a, b in zip(call, then, strict=True))
+    body, post, _, _, _, merge, _, *work, _, flow, chain, _ = (a + b for a, b in zip(call, then, strict=True))
     filled = (call[0] * call[2] + then[0] * then[2]) / body
     held, is_fa3 = max(call[4], then[4]), max(call[6], then[6])
-    return body, post, filled, call[3], held, merge + level_us, is_fa3, *work, call[10], flow, chain
+    return body, post, filled, call[3], held, merge + level_us, is_fa3, *work, call[10], flow, chain, call[13]
 
 
 def times(device: Device, calls: Sequence[Values], by: Functions = ARRAYS) -> Value:
@@ -166,7 +170,7 @@ def _beside(device: Device, call: Values, others: tuple[Value, Value], waits: fl
     """
     held, until = others
     halves = 2 * device.num_processors
-    body, _, _, wave, _, _, _, blocks, computing, reading, mix, flow, longest = call
+    body, _, _, wave, _, _, _, blocks, computing, reading, mix, flow, longest, late = call
     free, waves = by.maximum(halves - held, 1), flow / wave
     room = free / halves
     slow = ((computing / waves) ** mix + (reading / waves * room**device.spread) ** mix) ** (1 / mix)
@@ -175,5 +179,6 @@ def _beside(device: Device, call: Values, others: tuple[Value, Value], waits: fl
     # The same in whole waves: a few blocks that found no room may take a wave more.
     left = by.maximum(blocks - free * by.floor(until / slow), 0)
     whole = by.minimum(until + by.ceil(left / halves) * wave, by.ceil(blocks / free) * slow)
-    # No faster than alone.
+    # The longest block may be among the last to begin. No faster than alone.
+    longest = longest + late * flowing
     return by.maximum(flowing + waits * by.maximum(whole - flowing, 0), by.maximum(longest, body))

@@ -47,6 +47,7 @@ ORDER = [
     "seqattn/run_costs.py",
     "seqattn/cost.py",
     "seqattn/levels.py",
+    "seqattn/long_lists.py",
     "seqattn/hybrid.py",
     "seqattn/sequence.py",
     "seqattn/flat_tables.py",

@@ -50,7 +50,7 @@ class Choice:
     """How a level is computed.
 
     Attributes:
-        kernel: "decode" for one row each, else one of the two prefill kernels.
+        kernel: "decode" for one row each, above the last level too, else one of the two prefill kernels.
         slices: of the longest list of pages, for fa3 above the last level; shorter ones are cut to the same length.
     """
 
@@ -95,6 +95,11 @@ class KernelCall:
         """Tokens of each group, all of which have pages."""
         full = self.kv_page_indptr[1:] - self.kv_page_indptr[:-1] - 1
         return full * np.int32(page_size) + self.kv_last_page_len
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it may be a last level that decodes: with every step its lists are others."""
+        return self.kernel == "decode" and self.first_query is None
 
     @property
     def offsets(self) -> tuple[Int32Array, Int32Array, Int32Array]:

@@ -198,7 +198,7 @@ class CapturedStep:
     def _plan(self, call: KernelCall, i: int) -> None:
         """Sends a call's arrays, and plans its wrapper."""
         wrapper, block, bound = self._wrappers[i], self._blocks[i], self._plans[i]
-        if bound is None:
+        if not call.is_last:
             wrapper.begin()  # first: an interrupt leaves nothing planned whose tables are others
         for name in _NAMES:
             block.write(name, getattr(call, name))
@@ -225,3 +225,4 @@ class CapturedStep:
             plan()
         else:
             bound(plan, indptr, lengths)
+            wrapper.keep(call)

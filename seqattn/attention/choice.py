@@ -55,7 +55,10 @@ def choose(
     last = plan.levels[-1]
     slices = iter(_slices(used, last, slices_of) if used else ())
     by_level = [next(slices) if len(level.rows) else 0 for level in groups]
-    shared = [Choice("fa3", n) if n else Choice("fa2") for n in by_level]
+    shared = [
+        Choice("fa3", n) if n else Choice("decode" if len(level.rows) and level.rows.max() == 1 else "fa2")
+        for level, n in zip(groups, by_level, strict=True)
+    ]
     if last.decodes:
         return [*shared, Choice("decode")]
     rows = last.row_lens

@@ -46,6 +46,8 @@ __all__ = [
 
 #: fa2 takes its largest tiles for groups with more rows than this, times the query heads of a KV head
 _MOST_SMALL_ROWS = 64
+#: long lists (`seqattn.long_lists`) are padded to a multiple of so many
+_LONG = 4
 
 
 @define(slots=True, frozen=True)
@@ -120,7 +122,9 @@ def key_of(form: StepForm, inputs: Sequence[torch.Tensor]) -> tuple[object, ...]
 def _call_form(call: KernelCall, num_rows: int, sizes: Sizes) -> CallForm:
     gathered, num_groups = call.first_query is not None, len(call.kv_last_page_len)
     if call.kernel == "decode":
-        return CallForm("decode", False, gathered, num_rows, num_rows, num_rows * (sizes.pages_each + 1))  # noqa: FBT003  by_group
+        # Of long lists there are few: padding takes room from their parts, so there is little of it.
+        rows = num_rows if call.is_last else (num_groups // _LONG + 1) * _LONG
+        return CallForm("decode", False, gathered, rows, rows, rows * (sizes.pages_each + 1))  # noqa: FBT003  by_group
     if call.kernel == "fa2" and call.num_rows * sizes.heads_each <= _MOST_SMALL_ROWS * num_groups:
         tables = (call.qo_indptr, call.kv_page_indptr, call.kv_page_indices, call.kv_last_page_len)
         found = b"".join(table.tobytes() for table in tables)

@@ -162,6 +162,7 @@ class Wrapper:
                 plan = partial(by_wrapper, (*on_cpu[:2], *on_device, on_cpu[2]), seq_lens=lengths)
                 replans.first(plan, on_device[0], on_cpu[1], lengths)
             self.replans = replans
+            self.keep(call)
         else:
             by_wrapper((*on_cpu[:2], *on_device, on_cpu[2]))
 
@@ -172,10 +173,14 @@ class Wrapper:
         return known if is_same else None
 
     def done(self, call: KernelCall) -> None:
-        """To be called after a plan. Sequences grow with every step: a call that decodes is not kept."""
+        """To be called after a plan by the wrapper."""
         takes_two = call.span is not None
         self.runs = (BoundRun(self.made, takes_two=takes_two), BoundRun(self.made, takes_two=takes_two))
-        if call.kernel != "decode":
+        self.keep(call)
+
+    def keep(self, call: KernelCall) -> None:
+        """To be called after any plan. Sequences grow with every step: that of a last level is not kept."""
+        if not call.is_last:
             self.planned, self.call = tuple(table.copy() for table in _tables(call)), call
 
 

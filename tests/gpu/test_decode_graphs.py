@@ -18,7 +18,10 @@ WAYS = {"fa3": Choice("fa3"), "fa3 in slices": Choice("fa3", 3), "fa2": Choice("
 
 
 class Engine:
-    """Sequences that share a prompt, and a model of three layers; two engines of one seed hold the same."""
+    """Sequences that share a prompt, and a model of three layers; two engines of one seed hold the same.
+
+    One sequence in sixteen has `long` tokens more of its own; levels are then those that pay.
+    """
 
     def __init__(
         self,
@@ -27,10 +30,11 @@ class Engine:
         num_sequences: int = 20,
         num_prompt_tokens: int = PROMPT,
         dtype: torch.dtype = torch.bfloat16,
+        long: int = 0,
     ) -> None:
-        self.num_prompt_tokens = num_prompt_tokens
+        self.num_prompt_tokens, self.long = num_prompt_tokens, long
         self.num_qo_heads, self.num_kv_heads = heads
-        sizes = (1500, PAGE_SIZE, self.num_kv_heads, HEAD_DIM, dtype, "cuda", layout)
+        sizes = (3000 if long else 1500, PAGE_SIZE, self.num_kv_heads, HEAD_DIM, dtype, "cuda", layout)
         self.manager = PagedKVCacheManager(*sizes, num_layers=NUM_LAYERS)
         self.generator = torch.Generator("cuda").manual_seed(0)
         for cache in self.manager.get_memory_tensors():
@@ -48,7 +52,7 @@ class Engine:
 
     def start(self, i: int) -> None:
         self.descriptor.fork(self.prompt, i)
-        self.descriptor.allocate([i], [1 + 7 * (i % 5)])
+        self.descriptor.allocate([i], [1 + 7 * (i % 5) + self.long * (i % 16 == 7)])
         self.ids.append(i)
 
     def finish(self) -> None:
@@ -63,7 +67,8 @@ class Engine:
 
     def data(self, *, hybrid: bool) -> object:
         if hybrid:
-            return self.descriptor.pack_hybrid_for_flashinfer(self.ids, cost_model=None)
+            cost_model = self.attention.graph_cost_model if self.long else None
+            return self.descriptor.pack_hybrid_for_flashinfer(self.ids, cost_model=cost_model)
         return self.descriptor.pack_for_flashinfer(self.ids)
 
     def model(self, step: DecodeStep, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +102,7 @@ def compare(
     """Steps of both engines; every fifth the batch changes a little, and before one of them the prompt moves."""
     heads = engine.num_qo_heads, engine.num_kv_heads
     dtype = engine.manager.dtype
-    other = Engine(heads, engine.manager.kv_layout, len(engine.ids), engine.num_prompt_tokens, dtype)
+    other = Engine(heads, engine.manager.kv_layout, len(engine.ids), engine.num_prompt_tokens, dtype, engine.long)
     generator = torch.Generator("cuda").manual_seed(1)
     for number in range(num_steps):
         for each in (engine, other):

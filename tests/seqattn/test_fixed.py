@@ -15,7 +15,8 @@ from seqattn.attention.calls import Choice, KernelCall, Work, next_work, work_of
 from seqattn.attention.fixed import Sizes, StepForm, form_of, next_padded, nothing, padded, page_by_page
 from seqattn.attention.plan import BatchPlan, plan_batch
 from seqattn.cache import PagedKVCacheManager
-from seqattn.hybrid import pack_hybrid
+from seqattn.forest import Run
+from seqattn.hybrid import pack_hybrid, pack_runs
 from tests.seqattn.test_calls import HEADS_EACH, NUM_KV_HEADS, WAYS, check
 from tests.seqattn.truth import Batch, batch_of, batches, fill, pack
 
@@ -169,6 +170,30 @@ def test_large_groups_of_fa2_are_padded() -> None:
     call = step(shared(40), [Choice("fa2"), Choice("decode")]).form(40).calls[0]
     assert not call.tables
     assert (call.num_rows, call.num_groups) == (40, 2)
+
+
+def with_long(num_long: int, num_sequences: int = 9) -> Step:
+    """Sequences that share nothing, of which some have all pages but the last in a level above."""
+    tables = [[5 * i + n for n in range(5 if i < num_long else 1)] for i in range(num_sequences)]
+    batch = batch_of(tables, [2] * num_sequences, 4, [1] * num_sequences)
+    runs = [Run(i, i + 1, 0, 4, None) for i in range(num_long)]
+    forest, rows = (list(range(num_sequences)), runs), np.ones(num_sequences, dtype=np.int64)
+    data = pack_runs(batch.tables, np.array(batch.num_tokens), rows, forest, None, page_size=4)
+    plan = plan_batch(manager_of(batch), data, None, causal=True)
+    return Step(batch, plan, work_of(plan, [Choice("decode")] * 2, HEADS_EACH, 4))
+
+
+def test_a_level_of_long_lists_is_padded_by_few() -> None:
+    """Each group of padding is a part less that the long ones may be cut into."""
+    sizes = {}
+    for num_long in (1, 3, 4, 7):
+        found = with_long(num_long)
+        form = found.form(12)
+        sizes[num_long] = [(call.num_rows, call.num_groups, call.gathered) for call in form.calls]
+        check_padded(padded(found.work, form, HEADS_EACH), found.plan, manager_of(found.batch), found.batch, 3)
+    four, eight = [(4, 4, True), (12, 12, False)], [(8, 8, True), (12, 12, False)]
+    assert sizes == {1: four, 3: four, 4: eight, 7: eight}
+    assert with_long(3).form(12) == with_long(1).form(12)
 
 
 def test_a_step_that_exceeds_the_memory_for_pages_has_no_form() -> None:

@@ -81,11 +81,11 @@ def test_the_cost_model_is_asked_again_when_lengths_have_grown(monkeypatch: pyte
     descriptor, ids, _ = family()
     asked: list[int] = []
 
-    def pays(runs: list[Any], *_arguments: object) -> list[bool]:
+    def kept(runs: list[Any], *_arguments: object) -> list[Any]:
         asked.append(len(runs))
-        return [True] * len(runs)
+        return runs
 
-    monkeypatch.setattr(hybrid_tables, "runs_that_pay", pays)
+    monkeypatch.setattr(hybrid_tables, "runs_to_keep", kept)
     first = descriptor.pack_hybrid_for_flashinfer(ids, cost_model=ALL)
     for _ in range(64):
         descriptor.allocate_decoding(ids)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 
 from seqattn.attention.bound import BoundRun
 from seqattn.attention.calls import KernelCall
@@ -142,6 +143,21 @@ def test_a_batch_of_another_size_is_planned_by_the_wrapper() -> None:
         for tokens in (3, 4, 5):
             expect(wrapper, call_of(tokens, 90 + tokens))
         assert wrapper.made.num_plans == 3 + 2 * round_
+
+
+def test_a_plan_of_a_level_above_the_last_is_kept_until_the_next_one() -> None:
+    """Long lists of a batch that decodes stay in their level for many steps."""
+    wrapper = Wrapper(Stand(), 0, 0)
+    first, *others = (evolve(call, first_query=0) for call in growing(6))
+    for call in (first, *others):
+        expect(wrapper, call)
+        assert wrapper.is_planned_for(call)
+        assert wrapper.is_planned_for(evolve(call)), "the same lists"
+        assert not any(wrapper.is_planned_for(other) for other in (first, *others) if other is not call)
+    last = evolve(first, first_query=None)
+    expect(wrapper, last)
+    assert not wrapper.is_planned_for(last), "a last level has other lists with every step"
+    assert not wrapper.is_planned_for(first)
 
 
 def test_new_workspaces_are_for_new_plans(monkeypatch: pytest.MonkeyPatch) -> None:

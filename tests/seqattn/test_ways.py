@@ -57,7 +57,7 @@ def test_they_are_the_ways_that_numpy_finds(
 @given(st.integers(1, 256), st.integers(16, 20_000), st.floats(0.5, 4))
 def test_a_call_behind_which_nothing_comes_is_that_call(rows: int, tokens: int, mix: float) -> None:
     _, bodies = Ways(Device(), Heads()).shared(rows, Lists(3, tokens, 3 * tokens), 3 * tokens)
-    nothing = (0.0,) * 10 + (mix, 0.0, 0.0)
+    nothing = (0.0,) * 10 + (mix, 0.0, 0.0, 0.0)
     for body in bodies:
         assert one_by_one(body, nothing, 0.0) == pytest.approx(body)
         assert one_by_one(body, nothing, 2.5)[5] == pytest.approx(body[5] + 2.5), "but for what a level costs"
