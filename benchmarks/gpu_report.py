@@ -17,7 +17,7 @@ __all__ = ["Recorded", "draw_gpu", "gpu_kept", "gpu_parts"]
 
 Rows = list[dict[str, Any]]
 #: the shapes drawn after the planner's constants had been fitted
-FRESH, FRESH_UNEVEN = "h200_seed107", "h200_uneven109"
+FRESH, FRESH_UNEVEN = "h200_seed113", "h200_uneven127"
 #: what a reader sees first: where it pays, and where it does not
 SHORT = (
     "(256, 32768, 256)",
@@ -46,7 +46,7 @@ class Recorded:
 def gpu_parts() -> dict[str, str]:
     """The parts of the page, by their names in the template."""
     known, fresh, ragged = Recorded("h200"), Recorded(FRESH), Recorded("h200_ragged")
-    uneven, fresh_uneven = Recorded("h200_uneven"), Recorded(FRESH_UNEVEN)
+    uneven, fresh_uneven, mixed = (Recorded(name) for name in ("h200_uneven", FRESH_UNEVEN, "h200_mixed"))
     about = known.about
     sm, memory = about["clocks MHz, SM and memory"]
     by_name = {row["name"]: row for row in known.rows}
@@ -59,7 +59,7 @@ def gpu_parts() -> dict[str, str]:
             f"{about['matrix TFLOP/s']} TFLOP/s."
         ),
         "gpu_command": "\n".join(
-            f"    {found.about['command']}" for found in (known, fresh, ragged, uneven, fresh_uneven)
+            f"    {found.about['command']}" for found in (known, fresh, ragged, uneven, fresh_uneven, mixed)
         ),
         "gpu_short": _table([by_name[name] for name in SHORT]),
         "gpu_promises": in_table(_promises()),
@@ -68,7 +68,8 @@ def gpu_parts() -> dict[str, str]:
         "gpu_ragged": _table(ragged.rows),
         "gpu_uneven": _table(uneven.rows),
         "gpu_fresh_uneven": _table(fresh_uneven.rows),
-        "gpu_summary": _summary(known, fresh, ragged, uneven, fresh_uneven),
+        "gpu_mixed": _table(mixed.rows),
+        "gpu_summary": _summary(known, fresh, ragged, uneven, fresh_uneven, mixed),
         "gpu_append": _append(),
         "gpu_steps": _steps(_recorded_steps()),
         "gpu_forks": _forks(_recorded_steps()),
@@ -83,7 +84,8 @@ def gpu_kept() -> str:
 
 def _promises() -> list[Kept]:
     fresh, other = (
-        [Recorded(name) for name in names] for names in ((FRESH, FRESH_UNEVEN), ("h200_ragged", "h200_uneven"))
+        [Recorded(name) for name in names]
+        for names in ((FRESH, FRESH_UNEVEN), ("h200_ragged", "h200_uneven", "h200_mixed"))
     )
     heads = {"8 and 1 heads": Recorded("h200_8_1"), "32 and 32 heads": Recorded("h200_32_32")}
     measured = Measured(Recorded("h200"), fresh, other, heads)
@@ -118,7 +120,9 @@ def _table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def _summary(known: Recorded, fresh: Recorded, ragged: Recorded, uneven: Recorded, fresh_uneven: Recorded) -> str:
+def _summary(
+    known: Recorded, fresh: Recorded, ragged: Recorded, uneven: Recorded, fresh_uneven: Recorded, mixed: Recorded
+) -> str:
     """What the planner loses, and where levels do not pay."""
     lines = []
     several = {
@@ -127,6 +131,7 @@ def _summary(known: Recorded, fresh: Recorded, ragged: Recorded, uneven: Recorde
         f"the {len(ragged.rows)} ragged shapes": ragged,
         f"the {len(uneven.rows)} uneven shapes": uneven,
         f"{len(fresh_uneven.rows)} uneven shapes of another seed, likewise": fresh_uneven,
+        f"the {len(mixed.rows)} mixed shapes": mixed,
     }
     for what, found in several.items():
         losses = found.losses

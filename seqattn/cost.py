@@ -31,13 +31,14 @@ import numpy as np
 from attrs import define, field
 
 from seqattn.alike import AlikeRuns, AlikeSteps
+from seqattn.chosen import Chosen, what_matters
 from seqattn.device import Device, Heads, not_negative, positive_rate
 from seqattn.forest import Run
 from seqattn.groups import RunArrays, cut_of
 from seqattn.run_costs import MOST_DEPTHS, RunChoice, RunCosts
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Sequence
 
     import numpy.typing as npt
 
@@ -51,10 +52,8 @@ __all__ = ["CostModel", "runs_that_pay"]
 _MOST_LEVELS = 3
 #: depths of a forest whose runs are alike that are weighed one by one
 _MOST_ALIKE = 2
-#: what a device has chosen is kept for this many steps of decoding, and for this many batches
-_STEPS_ALIKE, _MOST_CHOSEN = 32, 256
-#: leading bits of a number of sequences that are told apart: of a run an eighth, of the batch and of tokens a sixteenth
-_BITS_OF_RUN, _BITS = 4, 5
+#: what a device has chosen is kept for so many batches
+_MOST_CHOSEN = 256
 
 
 @define(slots=True, frozen=True)
@@ -148,13 +147,13 @@ class CostModel:
 def runs_that_pay(
     runs: Sequence[Run], rows_before: Int64Array, num_tokens: Int64Array, page_size: int, model: CostModel
 ) -> list[bool]:
-    """Which runs to keep as groups of shared levels, so that the predicted time is least; the fewest levels on a tie.
+    """Which runs to keep as groups of levels above the last, so that the predicted time is least; the fewest on a tie.
 
     A page of a run that another sequence holds past its shareable pages counts as that sequence's own: this is the same
     for every choice, but for the few microseconds by which one of them may read it again.
 
     Args:
-        runs: the forest, each run behind the one above it.
+        runs: the forest, each run behind the one above it; those of one sequence are long lists (`seqattn.long_lists`).
         rows_before: query rows before each position of the order, int64 [batch + 1].
         num_tokens: tokens of the sequence at each position of the order, int64 [batch].
         page_size: tokens in a page.
@@ -171,41 +170,15 @@ def runs_that_pay(
         return RunChoice(costs, num_levels).best(model.level_overhead_us) if num_levels else [False] * len(runs)
     memory = model.device.chosen
     alike = AlikeRuns.of(runs, len(num_tokens), _MOST_ALIKE)
-    key = _what_matters(runs, alike, rows_before, num_tokens, page_size), page_size, model.heads
-    kept = memory.get(key)
-    if kept is None:
-        kept = _fastest(runs, alike, rows_before, num_tokens, page_size, model, model.device)
-        if len(memory) >= _MOST_CHOSEN:
-            memory.clear()
-        memory[key] = kept
-    return list(kept)
-
-
-def _what_matters(
-    runs: Sequence[Run], alike: AlikeRuns | None, rows_before: Int64Array, num_tokens: Int64Array, page_size: int
-) -> tuple[Hashable, ...]:
-    """The same for batches that come to the same choice: what differs between them is worth a few percent at most."""
-    batch, shared = len(num_tokens), 0
-    its: list[Hashable] = []
-    if alike is not None:
-        shared = batch * sum(alike.pages)
-        its += *alike.counts, *(_rough(size, _BITS_OF_RUN) for size in alike.sizes), *alike.pages
-    for first, stop, begin, end, parent in runs if alike is None else ():
-        shared += (stop - first) * (end - begin)
-        its += _rough(stop - first, _BITS_OF_RUN), begin, end, parent
-    num_rows = rows_before.item(-1)
-    most_rows = 1 if num_rows == batch else int((rows_before[1:] - rows_before[:-1]).max())
-    rows = _rough(batch, _BITS), _rough(num_rows, _BITS), _rough(most_rows, _BITS_OF_RUN)
-    # Of its own a sequence has a few tokens more at every step. Lengths that are the same in the mean may differ: one
-    # sequence that is much longer than the others counts.
-    own = (int(num_tokens.sum()) - page_size * shared) // (_STEPS_ALIKE * batch)
-    return tuple(its), rows, _rough(own, _BITS), _rough(int(num_tokens.max()) // _STEPS_ALIKE, _BITS)
-
-
-def _rough(number: int, num_bits: int) -> int:
-    """The number with all but its leading bits cleared."""
-    shift = max(number.bit_length() - num_bits, 0)
-    return number >> shift << shift
+    key = what_matters(runs, alike, rows_before, num_tokens, page_size), page_size, model.heads
+    known = memory.get(key)
+    if known is not None:
+        return known.of(runs)
+    kept = _fastest(runs, alike, rows_before, num_tokens, page_size, model, model.device)
+    if len(memory) >= _MOST_CHOSEN:
+        memory.clear()
+    memory[key] = Chosen.told(runs, kept)
+    return kept
 
 
 def _num_levels(costs: RunCosts, model: CostModel) -> int:
@@ -253,8 +226,8 @@ def _depth_sets(num_depths: int) -> list[tuple[int, ...]]:
 def _masks(costs: RunCosts, num_levels: int, alone: BoolArray) -> BoolArray:
     """Choices of runs that a device compares, none the first; [choices, runs].
 
-    Depths as a whole, of the first few; and the best by costs for each number of levels, without the runs of one
-    sequence, which only a device sees a use for, and with all of them.
+    Depths as a whole, of the first few; and the best by costs for each number of levels, without runs of one sequence:
+    those only a device sees a use for.
     """
     sets = _depth_sets(len(costs.runs.members))
     depths = np.zeros((len(sets), len(costs.runs.members)), dtype=bool)
@@ -262,7 +235,6 @@ def _masks(costs: RunCosts, num_levels: int, alone: BoolArray) -> BoolArray:
         mask[list(kept)] = True
     masks = depths[:, costs.runs.depth]
     if not alone.all():
-        best = RunChoice(costs, num_levels).best_of_each()
-        masks = np.concatenate((masks, best, best | alone) if alone.any() else (masks, best))
+        masks = np.concatenate((masks, RunChoice(costs, num_levels).best_of_each()))
     first_of = {mask.tobytes(): i for i, mask in reversed(list(enumerate(masks)))}
     return masks[sorted(first_of.values())]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from attrs import define, field, validators
 
+from seqattn.chosen import Chosen
 from seqattn.errors import BadValueError
 from seqattn.load import SLICES, Cut, Groups, Heads, loads_of, slices_for
 from seqattn.steps import bodies_of
@@ -133,7 +134,7 @@ class Device:
     table: FloatArray = field(init=False, eq=False, repr=False)
     columns: list[tuple[float, ...]] = field(init=False, eq=False, repr=False)
     #: choices of runs made lately, by what they were made from
-    chosen: dict[Hashable, list[bool]] = field(factory=dict, init=False, eq=False, repr=False)
+    chosen: dict[Hashable, Chosen] = field(factory=dict, init=False, eq=False, repr=False)
 
     @table.default
     def _table(self) -> FloatArray:

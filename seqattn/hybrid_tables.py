@@ -11,7 +11,8 @@ Of the last few batches this is remembered, each part with what it was made from
 
 - the forest: of the tables' entries, which `SequenceData.mark` tells to be the same but for pages appended, and of
   limits (`seqattn.known_forest`). If few sequences have left, joined or been rewritten, it is changed accordingly.
-- which runs are kept: of the forest, the query rows, the cost model, and lengths, in steps of so many tokens.
+- which runs are kept, and which long lists are cut (`seqattn.long_lists`): of the forest, the query rows, the cost
+  model, lengths in steps of so many tokens, and limits.
 - the shared levels and the order: of the forest, the query rows and the kept runs.
 - the last level: of these and the number of pages of each sequence. Its lengths are always new.
 
@@ -185,7 +186,9 @@ class HybridTables:
         if not _same(old.rows, batch.rows):
             return self._packed(forest, _choice(forest, batch, model, page_size), batch, page_size)
         choice = old.choice
-        if choice.lens != _steps(batch.lens, model) or (choice.model is not model and choice.model != model):
+        is_same = choice.lens == _steps(batch.lens, model) and (choice.model is model or choice.model == model)
+        # What the forest knows of limits is about shared runs: those of single sequences may have become too long.
+        if not is_same or (batch.limits[old.places] < old.begins).any():
             choice = _choice(forest, batch, model, page_size)
             if choice.runs != old.choice.runs:
                 return self._packed(forest, choice, batch, page_size)

@@ -39,6 +39,7 @@ ORDER = [
     "seqattn/one_load.py",
     "seqattn/steps.py",
     "seqattn/ways.py",
+    "seqattn/chosen.py",
     "seqattn/device.py",
     "seqattn/constants.py",
     "seqattn/fit.py",

@@ -72,6 +72,7 @@ class KernelCall:
         first_part: where its rows begin among the parts.
         num_rows: its query rows.
         span: for fa3 over pages that lie side by side the first of them and how many there are; else None.
+        is_last: it computes the last level.
     """
 
     kernel: Literal["decode", "fa2", "fa3"]
@@ -85,6 +86,7 @@ class KernelCall:
     first_part: int
     num_rows: int
     span: tuple[int, int] | None = None
+    is_last: bool = True
 
     @property
     def kind(self) -> tuple[str, bool]:
@@ -97,9 +99,9 @@ class KernelCall:
         return full * np.int32(page_size) + self.kv_last_page_len
 
     @property
-    def is_last(self) -> bool:
-        """Whether it may be a last level that decodes: with every step its lists are others."""
-        return self.kernel == "decode" and self.first_query is None
+    def grows(self) -> bool:
+        """Whether its lists are others with every step: those of a last level that decodes."""
+        return self.is_last and self.kernel == "decode"
 
     @property
     def offsets(self) -> tuple[Int32Array, Int32Array, Int32Array]:
@@ -229,7 +231,8 @@ class _Builder:
         in_line = by_group and self.has_spans and is_long(longest) and level.in_line
         span = (int(pages[0]), len(pages)) if in_line else None
         queries, parts, num_rows = self._gather(rows, by_group=by_group), self.num_parts, len(rows)
-        call = KernelCall(choice.kernel, *tables, level.causal, by_group, queries, parts, num_rows, span)
+        rows_of = (by_group, queries, parts, num_rows)
+        call = KernelCall(choice.kernel, *tables, level.causal, *rows_of, span, is_last)
         self.calls.append(call)
         self.num_parts += num_rows
         self.parts.append((rows, np.arange(2 * parts + by_group, 2 * self.num_parts + by_group, 2)))

@@ -198,8 +198,7 @@ class CapturedStep:
     def _plan(self, call: KernelCall, i: int) -> None:
         """Sends a call's arrays, and plans its wrapper."""
         wrapper, block, bound = self._wrappers[i], self._blocks[i], self._plans[i]
-        if not call.is_last:
-            wrapper.begin()  # first: an interrupt leaves nothing planned whose tables are others
+        wrapper.forget()  # first: an interrupt leaves nothing planned whose tables are others
         for name in _NAMES:
             block.write(name, getattr(call, name))
         num_pages = len(call.kv_page_indices)
@@ -225,4 +224,4 @@ class CapturedStep:
             plan()
         else:
             bound(plan, indptr, lengths)
-            wrapper.keep(call)
+            wrapper.keep(call)  # not done by a plan that is repeated

@@ -46,7 +46,7 @@ __all__ = [
 
 #: fa2 takes its largest tiles for groups with more rows than this, times the query heads of a KV head
 _MOST_SMALL_ROWS = 64
-#: long lists (`seqattn.long_lists`) are padded to a multiple of so many
+#: long lists (`seqattn.long_lists`) are padded to a multiple of so many, at least one of which is padding
 _LONG = 4
 
 
@@ -123,7 +123,7 @@ def _call_form(call: KernelCall, num_rows: int, sizes: Sizes) -> CallForm:
     gathered, num_groups = call.first_query is not None, len(call.kv_last_page_len)
     if call.kernel == "decode":
         # Of long lists there are few: padding takes room from their parts, so there is little of it.
-        rows = num_rows if call.is_last else (num_groups // _LONG + 1) * _LONG
+        rows = (num_groups // _LONG + 1) * _LONG if gathered else num_rows
         return CallForm("decode", False, gathered, rows, rows, rows * (sizes.pages_each + 1))  # noqa: FBT003  by_group
     if call.kernel == "fa2" and call.num_rows * sizes.heads_each <= _MOST_SMALL_ROWS * num_groups:
         tables = (call.qo_indptr, call.kv_page_indptr, call.kv_page_indices, call.kv_last_page_len)

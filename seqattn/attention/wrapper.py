@@ -123,7 +123,12 @@ class Wrapper:
 
     def begin(self) -> None:
         """To be called before a plan: until `done`, nothing is planned."""
-        self.planned = self.call = self.runs = None
+        self.forget()
+        self.runs = None
+
+    def forget(self) -> None:
+        """Its plan is not worth comparing with the next one, or is about to be another."""
+        self.planned = self.call = None
 
     def arrays(self, call: KernelCall) -> tuple[tuple[Int32Array, ...], tuple[Int32Array, ...]]:
         """What a plan for a call reads on the device, and what it reads on the CPU."""
@@ -158,11 +163,11 @@ class Wrapper:
             if replans.is_repeated:
                 assert runs is not None
                 self.runs = replans.again(on_device, on_cpu[0], lengths, runs)
+                self.keep(call)
             else:
                 plan = partial(by_wrapper, (*on_cpu[:2], *on_device, on_cpu[2]), seq_lens=lengths)
                 replans.first(plan, on_device[0], on_cpu[1], lengths)
             self.replans = replans
-            self.keep(call)
         else:
             by_wrapper((*on_cpu[:2], *on_device, on_cpu[2]))
 
@@ -179,8 +184,8 @@ class Wrapper:
         self.keep(call)
 
     def keep(self, call: KernelCall) -> None:
-        """To be called after any plan. Sequences grow with every step: that of a last level is not kept."""
-        if not call.is_last:
+        """Notes what it is planned for, unless the next step's lists are others anyway."""
+        if not call.grows:
             self.planned, self.call = tuple(table.copy() for table in _tables(call)), call
 
 

@@ -77,7 +77,7 @@ def test_the_planner_cuts_long_lists_and_plans_their_level_once() -> None:
     for _ in range(12):
         attention.plan(descriptor.pack_hybrid_for_flashinfer(ids, cost_model=attention.cost_model))
         top, last = attention._prepared.work.calls
-        assert last.is_last
+        assert last.grows
         tops.append(top)
         tables, num_tokens = descriptor.tables(ids)
         batch = Batch(16, [np.array(table) for table in tables], num_tokens.tolist(), [1] * len(ids))

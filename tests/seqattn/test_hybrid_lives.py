@@ -162,3 +162,17 @@ def test_packs_are_right_through_random_lives_and_reused(seed: int, monkeypatch:
     assert life.packs.num_reused > 5
     assert life.packs.num_changed > 20
     assert made["built"] < 10 < made["changed"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_long_lists_are_right_through_random_lives(seed: int) -> None:
+    """Now and then one sequence gets much longer than the others, or is cut back."""
+    life = Life(seed)
+    for _ in range(100):
+        life.step()
+        if life.dice.random() < 0.2:
+            life.descriptor.extend(life.dice.choice(life.ids), life.dice.randint(20, 90))
+        lens = [life.descriptor.num_tokens(seq_id) for seq_id in life.ids]
+        cut = [life.dice.randint(max(1, n - 40), n) for n in lens] if life.dice.random() < 0.3 else None
+        life.packs.pack(life.ids, Asked(num_tokens=cut, model=MODELS[-1]))
+    assert life.packs.num_cut > 10

@@ -12,7 +12,7 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqattn import CacheDescriptor, CostModel, PageAllocator, long_lists
+from seqattn import CacheDescriptor, CostModel, PageAllocator, cost, long_lists
 from seqattn.attention.calls import Choice, work_of
 from seqattn.attention.choice import choose
 from seqattn.attention.plan import BatchPlan, plan_batch
@@ -25,15 +25,13 @@ from seqattn.levels import pages_above
 from seqattn.load import Heads
 from seqattn.long_lists import runs_to_keep, with_long_lists
 from seqattn.packed import FlashInferHybridData
-from tests.seqattn.packs import Asked, Packs
+from tests.seqattn.packs import TINY, Asked, Packs
 from tests.seqattn.test_calls import HEADS_EACH, NUM_KV_HEADS, check
 from tests.seqattn.truth import Batch, batches, fill
 
 PAGE_SIZE = 16
 DEVICE = Device()
 MODEL = CostModel.for_heads(32, 8, 128, 2, device=DEVICE)
-#: a device that a few short lists fill, and on which a level costs nothing
-TINY = evolve(DEVICE, num_processors=2, level_us=0.0, gather_us=0.0, last_us=0.0, margin=0.0, margin_us=0.0)
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -174,11 +172,11 @@ def test_a_forest_with_long_lists_is_a_forest(batch: Batch) -> None:
         if stop == first + 1:
             assert begin == above[first]
             assert end <= limits[first]
-    assert sum(run.stop - run.first == 1 for run in runs) <= 1, "half a processor for each of 8 heads"
+    assert sum(run.stop - run.first == 1 for run in runs) <= 2, "of four that there is room for two may be cut"
 
 
 @pytest.mark.usefixtures("any_length")
-@given(batches(max_sequences=8, max_pages=9), st.sampled_from([2, 40, 132]), st.data())
+@given(batches(max_sequences=8, max_pages=9), st.sampled_from([16, 24, 132]), st.data())
 def test_levels_of_long_lists_are_dense_attention(batch: Batch, num_processors: int, data: st.DataObject) -> None:
     batch = batch._replace(query_lens=[1] * len(batch.tables))
     order, forest = build_forest(batch.tables, batch.limits)
@@ -225,15 +223,79 @@ def test_lists_of_one_row_each_are_read_by_the_decode_kernel() -> None:
     assert seen[0].tokens.tolist() == [3072] * 3
     top, last = work_of(plan, choices, HEADS_EACH, PAGE_SIZE).calls
     assert top.first_query == 0
-    assert (top.is_last, last.is_last) == (False, True)
+    assert (top.grows, last.grows) == (False, True)
     assert np.diff(last.kv_page_indptr).tolist() == [4] * 20 + [64] * 3
 
 
-def test_a_batch_that_decodes_keeps_its_level_for_long_lists() -> None:
+def test_a_level_that_has_all_sequences_is_not_the_last_one() -> None:
+    tables = np.split(np.arange(120, dtype=np.int32), 4)
+    lens, runs = np.full(4, 480), [Run(i, i + 1, 0, 20, None) for i in range(4)]
+    data = pack_runs(tables, lens, np.ones_like(lens), (list(range(4)), runs), None, page_size=PAGE_SIZE)
+    top, last = work_of(plan_of(data, 120), [Choice("decode")] * 2, HEADS_EACH, PAGE_SIZE).calls
+    assert (top.first_query, last.first_query) == (None, None)
+    assert (top.grows, last.grows) == (False, True)
+
+
+def long_conversations() -> tuple[Packs, CacheDescriptor, list[int]]:
+    """Sixty-one short ones, and of three that are long all but some pages in a level, once they are packed."""
     descriptor = CacheDescriptor(PageAllocator(8000, PAGE_SIZE))
     ids = list(range(64))
     descriptor.allocate(ids, [1000] * 61 + [9000, 12_000, 20_000])
-    packs, levels = Packs(descriptor), []
+    packs = Packs(descriptor)
+    assert len(packs.pack(ids, Asked(model=MODEL)).levels) == 2
+    return packs, descriptor, ids
+
+
+@pytest.mark.parametrize("num_tokens", [11_999, 11_265, 11_264, 11_263, 11_200, 11_000, 700, 1])
+def test_fewer_tokens_than_the_level_has_are_packed_anew(num_tokens: int) -> None:
+    packs, _, ids = long_conversations()
+    asked = [1000] * 61 + [9000, num_tokens, 20_000]
+    for _ in range(2):
+        packs.pack(ids, Asked(num_tokens=asked, model=MODEL))
+        packs.pack(ids, Asked(model=MODEL))
+
+
+def test_other_lengths_with_the_same_mean_and_longest_are_packed_anew() -> None:
+    packs, _, ids = long_conversations()
+    for each in (9000, 11_000), (8000, 12_000), (8500, 11_500), (9000, 11_000):
+        packs.pack(ids, Asked(num_tokens=[1000] * 61 + [*each, 20_000], model=MODEL))
+
+
+def test_what_was_chosen_holds_for_about_as_many_long_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When one joins or leaves, the device is asked again only if there are other lists now."""
+    asked: list[int] = []
+    fastest: Any = cost._fastest
+
+    def counted(runs: list[Run], *arguments: Any) -> list[bool]:  # noqa: ANN401  as `_fastest`
+        asked.append(len(runs))
+        kept: list[bool] = fastest(runs, *arguments)
+        return kept
+
+    monkeypatch.setattr(cost, "_fastest", counted)
+    model = CostModel.for_heads(32, 8, 128, 2, device=evolve(DEVICE))
+    shared = [Run(0, 30, 0, 8, None)]
+
+    def chosen(*long: int) -> list[Run]:
+        lens = np.array([400] * 50 + list(long))
+        limits = (lens - 1) // PAGE_SIZE
+        return runs_to_keep(shared, np.arange(len(lens) + 1), lens, limits, PAGE_SIZE, model)
+
+    first = chosen(20_000, 17_000, 16_000)
+    assert {run.stop - run.first for run in first} >= {1}
+    assert asked == [4]
+    assert [run[:4] for run in chosen(20_000, 16_000, 17_000) if run.stop - run.first > 1] == [
+        run[:4] for run in first if run.stop - run.first > 1
+    ]
+    assert asked == [4], "the same lengths, in another order"
+    assert len(chosen(20_000, 17_500, 15_000)) == len(first)
+    assert asked == [4]
+    chosen(20_000, 1000, 1000)
+    assert len(asked) == 2
+
+
+def test_a_batch_that_decodes_keeps_its_level_for_long_lists() -> None:
+    packs, descriptor, ids = long_conversations()
+    levels = []
     for _ in range(200):
         levels.append(packs.pack(ids, Asked(model=MODEL)).levels)
         descriptor.allocate_decoding(ids)

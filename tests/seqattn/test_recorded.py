@@ -24,7 +24,7 @@ MODELS = {heads: CostModel.for_heads(*heads, 2, device=DEVICE) for heads in ((32
 NAMES = (
     "", "_seed41", "_ragged", "_scattered", "_seed11", "_seed23", "_seed37", "_seed53", "_ragged59", "_seed61",
     "_uneven", "_uneven71", "_seed83", "_uneven79", "_seed89", "_uneven97", "_seed101", "_uneven103", "_seed107",
-    "_uneven109", "_8_1",
+    "_uneven109", "_seed113", "_uneven127", "_mixed", "_8_1",
 )  # fmt: skip
 ROWS = [row for name in NAMES for row in recorded(name)]
 #: the planner may lose 5 % at most, but here: where it loses more the difference is of a few microseconds, or it is

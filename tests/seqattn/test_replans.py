@@ -148,13 +148,13 @@ def test_a_batch_of_another_size_is_planned_by_the_wrapper() -> None:
 def test_a_plan_of_a_level_above_the_last_is_kept_until_the_next_one() -> None:
     """Long lists of a batch that decodes stay in their level for many steps."""
     wrapper = Wrapper(Stand(), 0, 0)
-    first, *others = (evolve(call, first_query=0) for call in growing(6))
+    first, *others = (evolve(call, is_last=False) for call in growing(6))
     for call in (first, *others):
         expect(wrapper, call)
         assert wrapper.is_planned_for(call)
         assert wrapper.is_planned_for(evolve(call)), "the same lists"
         assert not any(wrapper.is_planned_for(other) for other in (first, *others) if other is not call)
-    last = evolve(first, first_query=None)
+    last = evolve(first, is_last=True)
     expect(wrapper, last)
     assert not wrapper.is_planned_for(last), "a last level has other lists with every step"
     assert not wrapper.is_planned_for(first)
