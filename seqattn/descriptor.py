@@ -312,7 +312,8 @@ class CacheDescriptor:
         Args:
             seq_ids: the batch, each id once, in the caller's order.
             query_lens: query rows of each sequence; None for one each. New tokens stay in the last level.
-            cost_model: None keeps every shared run; `"auto"` or a `CostModel` drops those that do not pay.
+            cost_model: None keeps every shared run; `"auto"` or a `CostModel` drops those that do not pay, and cuts
+                lists that are much longer than the others where that does (docs/gpu.md).
             num_tokens: tokens of each sequence to pack, at most its length.
 
         Raises:

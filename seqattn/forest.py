@@ -1,7 +1,8 @@
 """The prefixes that the page tables of a batch have in common, as a forest; numpy only.
 
 A run is a stretch of pages that the same two or more sequences have in common from the first page on. A sequence takes
-part with its shareable pages only: what comes after them must stay its own, because new tokens are written there.
+part with its shareable pages only: what comes after them must stay its own, because new tokens are written there. To a
+forest that was found runs of one sequence may be added (`seqattn.long_lists`).
 
     pages of    0   1   2   3 ...                  order [0 1 2 | 3 4 | 5]
     sequence 0  7   8 │ 5                          run [0, 3) pages [0, 2)      7 8

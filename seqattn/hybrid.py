@@ -5,9 +5,9 @@
     sequences b0 b1    share pages 3 4                          level 0   [  0  1  2   ]  [  3  4    ]  [  ]
     sequence  x        shares none                              level 1   [5]  [6 7] [8]  [9] [10 11 12] [13]
 
-A run of pages that sequences share (`seqattn.forest`) becomes a group of a level; a sequence without a run at that
-level lies in a group without pages, one for all such neighbours. The last level has what is each sequence's own: at
-least the pages that its new tokens are written to.
+A run of pages that sequences share (`seqattn.forest`), or a long one has (`seqattn.long_lists`), becomes a group of a
+level; a sequence without a run at that level lies in a group without pages, one for all such neighbours. The last level
+has what is left of each sequence: at least the pages that its new tokens are written to.
 
 Invariants (`check_hybrid`):
 
@@ -72,8 +72,9 @@ def pack_hybrid(
         page_size: token slots in a page.
         query_lens: query rows of each sequence, its last tokens: in [1, num_tokens]. None for one each.
         cost_model: None keeps every shared run as a level. A `CostModel` drops runs that do not pay, possibly all: one
-            level then, in the caller's order. `PagedAttention.cost_model` is the one for its heads; `"auto"` is that of
-            32 query heads, 8 KV heads and head_dim 128 in 16 bits, on an H200.
+            level then, in the caller's order. One with a device also cuts long lists (`seqattn.long_lists`).
+            `PagedAttention.cost_model` is the one for its heads; `"auto"` is that of 32 query heads, 8 KV heads and
+            head_dim 128 in 16 bits, on an H200.
 
     Returns:
         Levels of int32 CPU tensors that share no memory with the tables, and the order of the sequences in them.
@@ -107,8 +108,9 @@ def pack_levels(
         tables: each sequence's page table, int32, contiguous.
         lens: its tokens, int64 [batch].
         rows: its query rows, int64 [batch].
-        limits: pages of it that others may share: those behind them are written, or seen by some of its rows only.
-        model: which shared runs to keep; None for all.
+        limits: pages of it that levels above the last may have: those behind them are written, or seen by some of its
+            rows only.
+        model: which shared runs to keep, and which long lists to cut; None for all and none.
         page_size: token slots in a page.
     """
     order, runs = build_forest(tables, limits)

@@ -6,7 +6,8 @@
                                                   kv_last_page_len  [10 5]        tokens in each last page
 
 Hybrid data is a list of levels. A level cuts the batch's rows into groups of neighbours; each group reads one list of
-pages. The last level has a group for each sequence, the levels above it the runs that sequences share:
+pages. The last level has a group for each sequence, the levels above it the runs that sequences share, or most of a
+long one:
 
     rows       0   1   2   3
     level 0   [ 0 1 2 ]  [ ]      FlashInferHybridData.levels[0].qo_indptr [0 3 4], kv_page_indptr [0 3 3]

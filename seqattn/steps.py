@@ -90,8 +90,8 @@ def body_of(
         all blocks; merging the kernel's own splits; the share of the multiprocessors that the blocks fill; the blocks
         that run at the same time; how many of these there are, in halves of a multiprocessor; merging results with
         those of other levels and gathering queries; 1 for fa3, else 0; blocks; computing, as if no block were longer
-        than others, and reading, each alone, and how they mix; both together; the longest block; how much of all is
-        done before it begins, at the latest.
+        than others, and reading, each alone, and how they mix; both together; the longest block; the share of the
+        call's work, at most 1, that is done before the longest block of the last head begins.
     """
     wave_us, token_ns, rate, again_rate, part_ns, row_ns, mix = cost
     blocks, tokens, longest, parts, split_rows, results, gathered, new, again = load

@@ -65,12 +65,16 @@ LOSSES = {
     # of seeds that the constants were not fitted to
     "(8, 10800, 160)_seed107": 0.06,
     "(2, 3184, 16, 6880, 96) for 64_seed107": 0.10,
-    "(1, 368, 8, 256, 240) for 64_uneven109": 0.09,
     "(1, 13264, 16, 4720, 192) for 32_uneven109": 0.10,
     "(4, 32144, 16, 128, 112) for 256_uneven109": 0.17,
     "(128, 12256, 1520)_uneven109": 0.09,
     "(4, 272, 8, 6320, 64) for 256_uneven109": 0.26,
-    "(4, 304, 8, 3632, 160) for 128_uneven109": 0.07,
+    "(1, 16656, 32, 192, 464) for 128_seed113": 0.06,
+    "(8, 4144, 112)_seed113": 0.13,
+    "(64, 496, 144)_uneven127": 0.06,
+    "(2, 16400, 4, 1776, 3632) for 16_uneven127": 0.06,
+    "(2, 400, 4, 4608, 720) for 32_uneven127": 0.12,
+    "(16, 2928, 1312)_uneven127": 0.08,
 }
 #: levels may lose 2 % to plain attention, but here
 SLOWER = {
@@ -78,10 +82,10 @@ SLOWER = {
     "(8, 4912, 576)_seed61": 0.07,
     "(64, 112, 64)_uneven71": 0.08,
     "(1, 176, 2, 5888, 1488) for 8_seed89": 0.05,
+    "(4, 2944, 2, 464, 368) for 16_seed113": 0.05,
 }
 #: predictions are within 24 % of what was measured, but here
 ERRORS = {
-    "(512, 43872, 144)": 0.28,
     "(32, 16384, 512)_ragged": 0.29,
     "(8, 336, 96)_ragged59": 0.26,
     "(1, 272, 2, 128, 64) for 8_ragged59": 0.29,
@@ -106,9 +110,11 @@ WERE_SLOWER = {
     "(32, 80, 64)_uneven79": 0.46,
     "(2, 992, 8, 160, 256) for 32_seed101": 0.05,
     "(8, 2192, 400)_uneven103": 0.05,
+    "(4, 2944, 2, 464, 368) for 16_seed113": 0.06,
+    "(64, 256, 688)_uneven127": 0.03,
 }
 #: losses are 1.8 % in the mean, but here
-MEANS = {"": 0.005, "_uneven": 0.035, "_seed83": 0.025, "_uneven109": 0.04}
+MEANS = {"": 0.005, "_uneven": 0.037, "_seed83": 0.025, "_uneven109": 0.032, "_uneven127": 0.021}
 #: flashinfer's cascade took 1.9 times as long as ours at least, but here
 LESS_AHEAD = {"(512, 43872, 144)_scattered": 1.717}
 
@@ -152,7 +158,7 @@ def of(limits: dict[str, float], row: dict[str, Any], usual: float) -> float:
 
 
 def test_few_shapes_were_measured_with_other_kernels() -> None:
-    assert (len(ROWS), len(SHAPES)) == (536, 518)
+    assert (len(ROWS), len(SHAPES)) == (593, 575)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.row["id"])
