@@ -227,7 +227,7 @@ def _masks(costs: RunCosts, num_levels: int, alone: BoolArray) -> BoolArray:
     """Choices of runs that a device compares, none the first; [choices, runs].
 
     Depths as a whole, of the first few; and the best by costs for each number of levels, without runs of one sequence:
-    those only a device sees a use for.
+    whether these are kept makes no difference to costs.
     """
     sets = _depth_sets(len(costs.runs.members))
     depths = np.zeros((len(sets), len(costs.runs.members)), dtype=bool)
@@ -235,6 +235,6 @@ def _masks(costs: RunCosts, num_levels: int, alone: BoolArray) -> BoolArray:
         mask[list(kept)] = True
     masks = depths[:, costs.runs.depth]
     if not alone.all():
-        masks = np.concatenate((masks, RunChoice(costs, num_levels).best_of_each()))
+        masks = np.concatenate((masks, RunChoice(costs, num_levels).best_of_each() & ~alone))
     first_of = {mask.tobytes(): i for i, mask in reversed(list(enumerate(masks)))}
     return masks[sorted(first_of.values())]

@@ -40,6 +40,7 @@ __all__ = [
     "FA3_IN_LINE",
     "LEAST_CHUNK",
     "LEAST_SLICE",
+    "LONG_GROUPS",
     "MOST_SHORT",
     "SHORT",
     "SLICES",
@@ -71,6 +72,8 @@ _MOST_SLICES, _SLICES_OF_FEW = 8, 64
 LEAST_CHUNK = 128
 #: nor do slices
 LEAST_SLICE = 64
+#: in a CUDA graph long lists (`seqattn.long_lists`) are padded to the next multiple of so many, by one at least
+LONG_GROUPS = 4
 #: tokens of a slice from which on fa3 is faster over an array than over a list of pages; shorter ones take longer
 _LEAST_IN_LINE = 512
 

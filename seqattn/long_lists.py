@@ -21,6 +21,7 @@ import numpy as np
 from seqattn.cost import runs_that_pay
 from seqattn.forest import Run, without
 from seqattn.levels import pages_above
+from seqattn.load import LONG_GROUPS
 from seqattn.one_load import Lists
 from seqattn.ways import Ways
 
@@ -78,8 +79,8 @@ def with_long_lists(
 ) -> list[Run]:
     """The forest, with a run for each sequence that the last level would wait for; arguments as above.
 
-    Long are lists of more than half of the tokens that a block has in the mean. A run has them but for the remainder of
-    a power of two of pages, so that it stays the same for many steps.
+    Long are lists of more than half of the tokens that a block has in the mean, but never all. Of its own pages a run
+    has a multiple of a power of two, so that it stays the same for many steps.
     """
     batch = len(num_tokens)
     if not batch:
@@ -94,7 +95,8 @@ def with_long_lists(
         return runs
     room = max(1, 2 * device.num_processors // heads.num_kv_heads)
     enough = max(total // (2 * room), _LEAST)
-    most = min(room - 2, _MOST)  # each may be cut
+    # Padded for a graph they leave room to cut them.
+    most = min((room - 1) // LONG_GROUPS * LONG_GROUPS - 1, _MOST, batch - 1)
     long = np.flatnonzero(own > enough)
     if len(long) > most:
         long = np.sort(np.argsort(own, kind="stable")[batch - max(most, 0) :])

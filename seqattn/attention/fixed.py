@@ -23,6 +23,7 @@ import numpy as np
 from attrs import define, evolve
 
 from seqattn.attention.calls import KernelCall, Work
+from seqattn.load import LONG_GROUPS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,8 +47,6 @@ __all__ = [
 
 #: fa2 takes its largest tiles for groups with more rows than this, times the query heads of a KV head
 _MOST_SMALL_ROWS = 64
-#: long lists (`seqattn.long_lists`) are padded to a multiple of so many, at least one of which is padding
-_LONG = 4
 
 
 @define(slots=True, frozen=True)
@@ -123,7 +122,7 @@ def _call_form(call: KernelCall, num_rows: int, sizes: Sizes) -> CallForm:
     gathered, num_groups = call.first_query is not None, len(call.kv_last_page_len)
     if call.kernel == "decode":
         # Of long lists there are few: padding takes room from their parts, so there is little of it.
-        rows = (num_groups // _LONG + 1) * _LONG if gathered else num_rows
+        rows = (num_groups // LONG_GROUPS + 1) * LONG_GROUPS if gathered else num_rows
         return CallForm("decode", False, gathered, rows, rows, rows * (sizes.pages_each + 1))  # noqa: FBT003  by_group
     if call.kernel == "fa2" and call.num_rows * sizes.heads_each <= _MOST_SMALL_ROWS * num_groups:
         tables = (call.qo_indptr, call.kv_page_indptr, call.kv_page_indices, call.kv_last_page_len)

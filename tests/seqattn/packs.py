@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: a device that a few lists fill, and on which a level costs nothing
 TINY = evolve(
-    Device(), num_processors=16, level_us=0.0, gather_us=0.0, last_us=0.0, start_us=0.0, margin=0.0, margin_us=0.0
+    Device(), num_processors=24, level_us=0.0, gather_us=0.0, last_us=0.0, start_us=0.0, margin=0.0, margin_us=0.0
 )
 #: one that keeps all runs, one that drops those that are short or of few, one with a device, which drops short runs,
 #: one with a device that cuts long lists

@@ -106,7 +106,7 @@ class Life:
 
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)
-        self.descriptor = CacheDescriptor(PageAllocator(2000, self.dice.choice([1, 2, 4])))
+        self.descriptor = CacheDescriptor(PageAllocator(20_000, self.dice.choice([1, 2, 4])))
         self.packs = Packs(self.descriptor)
         self.ids: list[Hashable] = []
         self.num_started = 0
@@ -171,7 +171,7 @@ def test_long_lists_are_right_through_random_lives(seed: int) -> None:
     for _ in range(100):
         life.step()
         if life.dice.random() < 0.2:
-            life.descriptor.extend(life.dice.choice(life.ids), life.dice.randint(20, 90))
+            life.descriptor.extend(life.dice.choice(life.ids), life.dice.randint(150, 400))
         lens = [life.descriptor.num_tokens(seq_id) for seq_id in life.ids]
         cut = [life.dice.randint(max(1, n - 40), n) for n in lens] if life.dice.random() < 0.3 else None
         life.packs.pack(life.ids, Asked(num_tokens=cut, model=MODELS[-1]))
