@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,29 +145,36 @@ class Step:
 
 
 def every_choice(step: Step) -> Iterator[tuple[str, FlashInferHybridData, list[Choice]]]:
-    """All subsets of the forest's depths, at most three levels, with every kernel for each; and with long lists."""
-    order, runs = step.forest
-    yield from _choices_of(step, step.forest)
-    if len(longer := step.with_long) > len(runs):
-        for name, data, choices in _choices_of(step, (order, longer)):
-            if len(choices) > 1:
-                yield f"{LONG}{name}", data, choices
+    """Plain attention; all subsets of the forest's depths, at most three levels, with every kernel for each.
+
+    Then the same with long lists, of those depths of which some have one.
+    """
+    _, runs = step.forest
+    yield "plain", _with_depths(step, runs, ()), [Choice("decode")]
+    yield from _levels(step, runs, set(depths_of(runs)))
+    longer = step.with_long
+    alone = {depth for run, depth in zip(longer, depths_of(longer), strict=True) if run.stop - run.first == 1}
+    for name, data, choices in _levels(step, longer, alone):
+        yield f"{LONG}{name}", data, choices
 
 
-def _choices_of(
-    step: Step, forest: tuple[list[int], list[Run]]
-) -> Iterator[tuple[str, FlashInferHybridData, list[Choice]]]:
-    _, runs = forest
-    depths = depths_of(runs)
+def _levels(step: Step, runs: list[Run], among: set[int]) -> Iterator[tuple[str, FlashInferHybridData, list[Choice]]]:
+    """One or two depths of these runs as levels, at least one of them among those, in every way."""
     ways = [Choice("fa2"), *(Choice("fa3", slices) for slices in SLICES)]
-    for size in range(min(2, len(set(depths))) + 1):
-        for kept in itertools.combinations(sorted(set(depths)), size):
-            data = pack_runs(
-                step.tables, step.lens, step.ones, forest, [d in kept for d in depths], page_size=PAGE_SIZE
-            )
-            for chosen in itertools.product(ways, repeat=size):
-                name = "+".join(f"{d}:{way.kernel}x{way.slices}" for d, way in zip(kept, chosen, strict=True))
-                yield name or "plain", data, [*chosen, Choice("decode")]
+    depths = sorted(set(depths_of(runs)))
+    for kept in (*itertools.combinations(depths, 1), *itertools.combinations(depths, 2)):
+        if among.isdisjoint(kept):
+            continue
+        data = _with_depths(step, runs, kept)
+        for chosen in itertools.product(ways, repeat=len(kept)):
+            name = "+".join(f"{d}:{way.kernel}x{way.slices}" for d, way in zip(kept, chosen, strict=True))
+            yield name, data, [*chosen, Choice("decode")]
+
+
+def _with_depths(step: Step, runs: list[Run], kept: Collection[int]) -> FlashInferHybridData:
+    """The batch with the runs of these depths as levels."""
+    mask = [depth in kept for depth in depths_of(runs)]
+    return pack_runs(step.tables, step.lens, step.ones, (step.forest[0], runs), mask, page_size=PAGE_SIZE)
 
 
 def measure(step: Step, rates: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:

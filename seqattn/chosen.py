@@ -30,7 +30,7 @@ _BITS_OF_RUN, _BITS = 4, 5
 
 
 class Chosen(NamedTuple):
-    """A choice of runs.
+    """A choice of runs, apart from how many of one sequence there are.
 
     Attributes:
         shared: of each run of several sequences whether it is kept.
@@ -41,16 +41,16 @@ class Chosen(NamedTuple):
     alone: frozenset[int]
 
     @classmethod
-    def told(cls, runs: Sequence[Run], kept: Sequence[bool]) -> Chosen:
-        """What was chosen for a forest, of which a depth has all of its runs of one sequence kept or none."""
+    def from_kept(cls, runs: Sequence[Run], kept: Sequence[bool]) -> Chosen:
+        """The choice that keeps these runs of a forest, of each depth all of one sequence or none."""
         shared = [keep for run, keep in zip(runs, kept, strict=True) if run.stop - run.first > 1]
         if len(shared) == len(runs):
             return cls(shared, frozenset())
         found = zip(runs, depths_of(runs), kept, strict=True)
         return cls(shared, frozenset(depth for run, depth, keep in found if keep and run.stop - run.first == 1))
 
-    def of(self, runs: Sequence[Run]) -> list[bool]:
-        """The same for a forest with as many shared runs."""
+    def kept(self, runs: Sequence[Run]) -> list[bool]:
+        """For each run of a forest with the same shared runs whether it is kept."""
         if len(self.shared) == len(runs):
             return list(self.shared)
         its, depths = iter(self.shared), depths_of(runs)

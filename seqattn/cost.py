@@ -173,11 +173,11 @@ def runs_that_pay(
     key = what_matters(runs, alike, rows_before, num_tokens, page_size), page_size, model.heads
     known = memory.get(key)
     if known is not None:
-        return known.of(runs)
+        return known.kept(runs)
     kept = _fastest(runs, alike, rows_before, num_tokens, page_size, model, model.device)
     if len(memory) >= _MOST_CHOSEN:
         memory.clear()
-    memory[key] = Chosen.told(runs, kept)
+    memory[key] = Chosen.from_kept(runs, kept)
     return kept
 
 

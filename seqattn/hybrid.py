@@ -90,14 +90,14 @@ def pack_hybrid(
     model = model_of(cost_model)
     if not {table.strides for table in tables} <= _SIDE_BY_SIDE:
         tables = [np.ascontiguousarray(table, dtype=np.int32) for table in tables]
-    return pack_levels(tables, lens, rows, ((lens - rows) // page_size).tolist(), model, page_size=page_size)
+    return pack_levels(tables, lens, rows, (lens - rows) // page_size, model, page_size=page_size)
 
 
 def pack_levels(
     tables: Sequence[PageArray],
     lens: Int64Array,
     rows: Int64Array,
-    limits: Sequence[int],
+    limits: Int64Array,
     model: CostModel | None,
     *,
     page_size: int,
@@ -108,15 +108,15 @@ def pack_levels(
         tables: each sequence's page table, int32, contiguous.
         lens: its tokens, int64 [batch].
         rows: its query rows, int64 [batch].
-        limits: pages of it that levels above the last may have: those behind them are written, or seen by some of its
-            rows only.
+        limits: pages of it that levels above the last may have, int64 [batch]: those behind them are written, or seen
+            by some of its rows only.
         model: which shared runs to keep, and which long lists to cut; None for all and none.
         page_size: token slots in a page.
     """
-    order, runs = build_forest(tables, limits)
+    order, runs = build_forest(tables, limits.tolist())
     if model is not None and order:
         places = np.array(order)
-        its = summed(rows[places]), lens[places], np.array(limits)[places]
+        its = summed(rows[places]), lens[places], limits[places]
         runs = runs_to_keep(runs, *its, page_size, model)
     return pack_runs(tables, lens, rows, (order, runs), None, page_size=page_size)
 

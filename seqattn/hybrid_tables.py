@@ -236,6 +236,8 @@ def _marked(found: Sequence[SequenceData], marks: list[object]) -> list[object]:
 
 def _choice(forest: KnownForest, batch: Batch, model: CostModel | None, page_size: int) -> _Choice:
     """Which of the forest's runs to keep, and which lists to cut; asks the model."""
+    if model is None:
+        return _Choice(None, _steps(batch.lens, None), forest.runs)
     places = forest.order
     its = _rows_before(batch, places), batch.lens[places], batch.limits[places]
     return _Choice(model, _steps(batch.lens, model), runs_to_keep(forest.runs, *its, page_size, model))

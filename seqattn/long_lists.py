@@ -90,8 +90,8 @@ def with_long_lists(
     longest, total = int(own.max()), int(own.sum())
     if longest <= _LEAST or longest * batch == total:
         return runs
-    last = Ways(device, heads).fa2(1, Lists(batch, longest, total, own), total)
-    if last[0] - last[11] < device.level_us:  # what it takes beyond what it would if lists were alike
+    by = Ways(device, heads)
+    if by.idle_us(by.fa2(1, Lists(batch, longest, total, own), total)) < device.level_us:
         return runs
     room = max(1, 2 * device.num_processors // heads.num_kv_heads)
     enough = max(total // (2 * room), _LEAST)

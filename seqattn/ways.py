@@ -86,6 +86,10 @@ class Ways:
         """Microseconds of a step without shared levels."""
         return self.device.plain_us + last[0] + last[1]
 
+    def idle_us(self, call: Body) -> float:
+        """Microseconds that a call takes because some of its blocks are longer than others."""
+        return call[0] - call[11]
+
     def step_us(self, way: Way) -> float:
         """Microseconds of a step."""
         return float(step_us(self.device, way.top, way.lower, way.last, NUMBERS))

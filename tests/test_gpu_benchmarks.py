@@ -17,6 +17,7 @@ from benchmarks import gpu_about, gpu_append, gpu_attention, gpu_step
 from benchmarks.gpu_promises import Kept, _at_least, _at_most, _error, _of_host, _share, in_table
 from benchmarks.gpu_report import Recorded, _promises
 from benchmarks.gpu_shapes import PAGE_SIZE, one_prefix
+from seqattn.forest import Run
 from tests.gpu.batches import relative_error
 
 SCRIPTS = ["gpu_append", "gpu_attention", "gpu_step"]
@@ -130,6 +131,32 @@ def test_a_file_of_attention_begins_with_what_recorded_files_begin_with(
     assert about.keys() == known.about.keys()
     assert about["command"] == "python -m benchmarks.gpu_attention --out DIR --only known"
     assert row == known.rows[0]
+
+
+def test_every_choice_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt, two documents on it, and on one of these a long conversation."""
+    runs = [Run(0, 60, 0, 32, None), Run(0, 30, 32, 64, 0), Run(30, 60, 32, 64, 0)]
+    longer = [*runs, Run(59, 60, 64, 576, 2)]
+    step: Any = SimpleNamespace(forest=(list(range(60)), runs), with_long=longer)
+    packed: list[tuple[int, list[bool]]] = []
+
+    def pack(*arguments: Any, page_size: int) -> int:  # noqa: ANN401  as `pack_runs`
+        assert page_size == PAGE_SIZE
+        packed.append((len(arguments[3][1]), arguments[4]))
+        return len(packed)
+
+    step.tables = step.lens = step.ones = None
+    monkeypatch.setattr(gpu_attention, "pack_runs", pack)
+    found = list(gpu_attention.every_choice(step))
+    names = [name for name, _, _ in found]
+    assert len(set(names)) == len(names) == 1 + 2 * 5 + 25 + 5 + 2 * 25
+    assert names[0] == "plain"
+    assert {name[:7] for name in names if name.startswith("long ") and "+" not in name} == {"long 2:"}
+    assert packed == [
+        (3, [False] * 3), (3, [True, False, False]), (3, [False, True, True]), (3, [True] * 3),
+        (4, [False] * 3 + [True]), (4, [True, False, False, True]), (4, [False, True, True, True]),
+    ]  # fmt: skip
+    assert all(len(choices) == 1 + name.count(":") for name, _, choices in found)
 
 
 def test_rows_of_a_step_say_what_they_ran_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

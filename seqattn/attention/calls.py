@@ -231,8 +231,8 @@ class _Builder:
         in_line = by_group and self.has_spans and is_long(longest) and level.in_line
         span = (int(pages[0]), len(pages)) if in_line else None
         queries, parts, num_rows = self._gather(rows, by_group=by_group), self.num_parts, len(rows)
-        rows_of = (by_group, queries, parts, num_rows)
-        call = KernelCall(choice.kernel, *tables, level.causal, *rows_of, span, is_last)
+        places = (by_group, queries, parts, num_rows)
+        call = KernelCall(choice.kernel, *tables, level.causal, *places, span, is_last)
         self.calls.append(call)
         self.num_parts += num_rows
         self.parts.append((rows, np.arange(2 * parts + by_group, 2 * self.num_parts + by_group, 2)))

@@ -127,7 +127,7 @@ class Wrapper:
         self.runs = None
 
     def forget(self) -> None:
-        """Its plan is not worth comparing with the next one, or is about to be another."""
+        """From now on it is planned for no call that is known."""
         self.planned = self.call = None
 
     def arrays(self, call: KernelCall) -> tuple[tuple[Int32Array, ...], tuple[Int32Array, ...]]:

@@ -37,7 +37,7 @@ def pack_rows(
     whose = np.repeat(np.arange(len(ids)), num_new).tolist()
     num_pages = (-(-lens // page_size)).tolist()
     # The pages that new tokens are written to are no level's: rows of one prompt see different parts of them.
-    limits = np.repeat(np.array(num_done) // page_size, num_new).tolist()
+    limits = np.repeat(np.array(num_done, dtype=np.int64) // page_size, num_new)
     with cache.lock:
         tables, _ = cache.descriptor.tables(ids)
         row_tables = [tables[i][:count] for i, count in zip(whose, num_pages, strict=True)]
