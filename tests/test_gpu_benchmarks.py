@@ -290,6 +290,7 @@ def test_the_promises_that_are_not_kept_are_these() -> None:
         "against the cascade wrapper, the fixed shapes with 32 and 32 heads",
         "planner behind the best choice, worst of 48 shapes that it had not seen",
         "ours behind plain decode, worst of 48 shapes that it had not seen",
+        "planner, CPU time, a new batch of 256 with one prefix",
         "planner, CPU time, a new batch of 256 with a forest",
         "`plan` over flashinfer's by hand, a batch of which nothing is known, hybrid",
     ]
