@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from radix import PrefixCache
 from seqattn.cache import PagedKVCacheManager, as_bits
 from seqattn.descriptor import CacheDescriptor
 from seqattn.errors import SharedPageError
@@ -85,3 +88,34 @@ def test_a_page_that_becomes_shared_between_two_layers_is_not_written() -> None:
     with pytest.raises(SharedPageError):
         manager.append_kv(rows, rows, packed, indptr, layer=1)
     assert not manager.layer_tensors(1)[0].any()
+
+
+def test_all_tails_of_forks_in_all_layers_are_copied_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty-four answers to one prompt of two pages and five tokens of a third, over 32 layers."""
+    from seqattn.kernels import Launcher  # where there is Triton
+
+    launches: list[str] = []
+    launch = Launcher._launch
+
+    def noted(self: Launcher, kernel: Any, *rest: Any) -> None:  # noqa: ANN401  as `Launcher._launch`
+        launches.append(kernel.fn.__name__)
+        launch(self, kernel, *rest)
+
+    manager = PagedKVCacheManager(80, 16, 2, 128, torch.bfloat16, "cuda", num_layers=32)
+    for memory in manager.get_memory_tensors():
+        as_bits(memory).random_(0, 100)
+    cache, prompt = PrefixCache(manager), list(range(37))
+    cache.start("first", prompt)
+    cache.finish("first")
+    monkeypatch.setattr(Launcher, "_launch", noted)
+    started = cache.start_many(range(64), [[*prompt, 1000 + i] for i in range(64)])
+    assert launches == ["_copy"]
+    assert len({found.forked[1] for found in started if found.forked}) == 64
+    for found in started:
+        assert found.forked
+        source, copy, num_slots = found.forked
+        assert num_slots == 5
+        for layer in range(32):
+            for tensor in manager.layer_tensors(layer):
+                assert torch.equal(tensor[copy, :5], tensor[source, :5])
+    cache.check()
