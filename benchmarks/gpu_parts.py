@@ -35,7 +35,7 @@ from benchmarks.gpu_timing import copy_rate, device_us
 from seqattn.packed import HybridLevel
 
 #: 32 query and 8 KV heads of 128 in bfloat16, prompts and documents in one piece, as in the table of promises
-OPTIONS = argparse.Namespace(
+AS_PROMISED = argparse.Namespace(
     heads=[32, 8, 128], dtype="bfloat16", seed=0, scattered=False, ragged=False, uneven=False, mixed=False
 )
 
@@ -49,7 +49,7 @@ def least_us(level: HybridLevel, step: Step, copy: float, *, is_last: bool) -> t
         copy: bytes a second.
         is_last: whether each sequence has a group of its own.
     """
-    _, num_kv_heads, head_dim = OPTIONS.heads
+    _, num_kv_heads, head_dim = AS_PROMISED.heads
     tokens = level.kv_page_indptr.diff() * PAGE_SIZE
     num_bytes = 4 * num_kv_heads * head_dim * int(tokens.sum())
     operations = 4 * step.num_qo_heads * head_dim * int((level.qo_indptr.diff() * tokens).sum())
@@ -140,14 +140,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     copy = copy_rate()
-    about = about_run() | {"copy TB/s": round(copy / 1e12, 2), "heads": OPTIONS.heads, "dtype": "torch.bfloat16"}
+    about = about_run() | {"copy TB/s": round(copy / 1e12, 2), "heads": AS_PROMISED.heads, "dtype": "torch.bfloat16"}
     print(json.dumps(about))
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "parts.jsonl").open("w", encoding="utf-8") as file:
         print(json.dumps(about), file=file, flush=True)
         for shape in KNOWN:
             if str(shape) in OVER_BOUND:
-                row = measure(Step(shape, OPTIONS), copy)
+                row = measure(Step(shape, AS_PROMISED), copy)
                 print(json.dumps(row), file=file, flush=True)
                 print(line_of(row), flush=True)
 

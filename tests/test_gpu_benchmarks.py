@@ -20,7 +20,7 @@ from benchmarks.gpu_shapes import PAGE_SIZE, one_prefix
 from seqattn.forest import Run
 from tests.gpu.batches import relative_error
 
-SCRIPTS = ["gpu_append", "gpu_attention", "gpu_step"]
+SCRIPTS = ["gpu_append", "gpu_attention", "gpu_parts", "gpu_step"]
 CLOCKS = "clocks MHz, SM and memory"
 SAID = "580.159.04, 1980, 3201\n"
 

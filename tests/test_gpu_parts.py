@@ -106,10 +106,3 @@ def test_each_part_is_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_every_shape_with_a_promised_bound_is_measured() -> None:
     assert OVER_BOUND.keys() <= {str(shape) for shape in KNOWN}
-
-
-def test_help_is_the_text_at_the_top(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmarks/gpu_parts.py", "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        gpu_parts.main()
-    assert "python -m benchmarks.gpu_parts --out DIR" in capsys.readouterr().out
