@@ -5,16 +5,18 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["about_run"]
+__all__ = ["about_run", "watched"]
 
-_SMI = ("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem", "--format=csv,noheader,nounits")
+_FORMAT = "--format=csv,noheader,nounits"
+_SMI = ("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem", _FORMAT)
 
 
 def about_run() -> dict[str, Any]:
@@ -34,12 +36,57 @@ def about_run() -> dict[str, Any]:
     }
 
 
-def _driver_and_clocks() -> tuple[str | None, list[int] | None]:
-    """Of the current device; None for both where nvidia-smi is absent or says nothing of it."""
+@contextmanager
+def watched(query: str, every_ms: int = 50) -> Iterator[list[list[float]]]:
+    """Numbers that nvidia-smi tells of the current device meanwhile, a list each time.
+
+    Args:
+        query: their names, as `--query-gpu` takes them.
+        every_ms: milliseconds from one to the next.
+
+    Yields:
+        A list that is filled in the end; it stays empty where nvidia-smi is absent or says nothing of the device.
+    """
+    seen: list[list[float]] = []
+    for device in _names():
+        command = ["nvidia-smi", f"--query-gpu={query}", _FORMAT, f"--id={device}", f"--loop-ms={every_ms}"]
+        with suppress(OSError):
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            assert process.stdout is not None
+            if _numbers(process.stdout.readline()):
+                break
+            process.kill()
+            process.communicate()
+    else:
+        yield seen
+        return
+    try:
+        yield seen
+    finally:
+        process.kill()
+        *lines, _ = process.communicate()[0].split("\n")  # the last one may be cut off
+        seen.extend(numbers for numbers in map(_numbers, lines) if numbers)
+
+
+def _numbers(line: str) -> list[float]:
+    """Of a line of nvidia-smi; none if it has anything else, as an error has."""
+    try:
+        return [float(word) for word in line.split(", ")]
+    except ValueError:
+        return []
+
+
+def _names() -> list[str]:
+    """What nvidia-smi may call the current device."""
     number = torch.cuda.current_device()
     uuid = getattr(torch.cuda.get_device_properties(number), "uuid", None)
     # torch counts the devices that this process may see, nvidia-smi all there are.
-    for device in [str(number)] if uuid is None else [f"GPU-{uuid}", str(number)]:
+    return [str(number)] if uuid is None else [f"GPU-{uuid}", str(number)]
+
+
+def _driver_and_clocks() -> tuple[str | None, list[int] | None]:
+    """Of the current device; None for both where nvidia-smi is absent or says nothing of it."""
+    for device in _names():
         with suppress(OSError, subprocess.SubprocessError, ValueError):
             command = [*_SMI, f"--id={device}"]
             done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)

@@ -3,13 +3,23 @@
     python -m benchmarks.gpu_parts --out DIR
 
 The shapes for which a time near the serial bound was promised, each planned as `gpu_attention` plans it. Times are GPU
-time of a layer, by replay of four:
+time of a layer, by replay of four, a replay's own time (replay_us, of an empty one) included:
 
-ours      the step
-in_turn   its kernels one after the other, on one stream
-around    what is no attention: queries gathered, streams begun and joined, results merged
-levels    the attention kernel of each level alone; beside it the least that it could take, in the terms of the bound:
-          its pages at the rate of a copy, its matrix work at 700 TFLOP/s (of shared levels; the last has little)
+parts
+  ours             the step
+  in turn          its kernels one after the other, on one stream
+  level i alone    the attention kernel of one level; "levels" has its share of the bound: pages at the rate of a copy,
+                   and for shared levels matrix work at 700 TFLOP/s, one after the other
+  around           all that is no attention: queries gathered, the pause before lower levels, results merged
+  without gathering, without merging    the step without one of these; its results are wrong
+tried
+  begun at once, one priority, last level first    the levels on their streams in other ways: without the pause by
+                   which those below let the first begin, without priorities, in reverse
+  level i: fa3xn   that level in n slices of fa3, the others as planned
+
+All take turns, each after a pause and some replays that do not count, so that what ran before matters little. Last the
+step runs for a second and a half: hot_us is its time at the end, hot_mhz and hot_watts the lowest clock and the most
+power that nvidia-smi saw until then.
 
 Writes a row for each shape to DIR/parts.jsonl and prints a line.
 """
@@ -18,29 +28,44 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from attrs import evolve
 
-from benchmarks.gpu_about import about_run
+from benchmarks.gpu_about import about_run, watched
 from benchmarks.gpu_attention import MATRIX_RATE, Step
 from benchmarks.gpu_by_hand import NUM_LAYERS
 from benchmarks.gpu_promises import OVER_BOUND
 from benchmarks.gpu_shapes import KNOWN, PAGE_SIZE
-from benchmarks.gpu_timing import copy_rate, device_us
-from seqattn.packed import HybridLevel
+from benchmarks.gpu_timing import REPEATS, copy_rate
+from seqattn.attention.calls import Choice
+from seqattn.cuda_steps import replay_times
+from seqattn.packed import FlashInferHybridData, HybridLevel
 
 #: 32 query and 8 KV heads of 128 in bfloat16, prompts and documents in one piece, as in the table of promises
 AS_PROMISED = argparse.Namespace(
     heads=[32, 8, 128], dtype="bfloat16", seed=0, scattered=False, ragged=False, uneven=False, mixed=False
 )
+ROUNDS, WARM_UPS = 3, 30
+#: seconds
+PAUSE_S, HOT_S = 0.1, 1.5
+
+#: each by its name
+Ways = dict[str, AbstractContextManager[object]]
 
 
-def least_us(level: HybridLevel, step: Step, copy: float, *, is_last: bool) -> tuple[float, float]:
+def nothing(*_: object, **__: object) -> None:
+    """In the place of something that is left out."""
+
+
+def share_us(level: HybridLevel, step: Step, copy: float, *, is_last: bool) -> tuple[float, float]:
     """Microseconds of a level's pages at the rate of a copy, and of its matrix work, none for the last level.
 
     Args:
@@ -56,81 +81,113 @@ def least_us(level: HybridLevel, step: Step, copy: float, *, is_last: bool) -> t
     return num_bytes / copy * 1e6, 0.0 if is_last else operations / MATRIX_RATE * 1e6
 
 
+def planned(step: Step, data: FlashInferHybridData) -> list[Choice]:
+    """The kernel of each level as it is planned, and its slices; all lists of a level are of one length here."""
+    choices = []
+    for call, level in zip(step.attention._prepared.work.calls, data.levels, strict=True):
+        slices, rest = divmod(len(call.kv_last_page_len), len(level.qo_indptr) - 1)
+        assert not rest, "as many lists for each group"
+        choices.append(Choice(call.kernel, slices))
+    return choices
+
+
 @contextmanager
-def without(step: Step, calls: Collection[int]) -> Iterator[None]:
-    """The planned step without the attention kernels of these calls, all that is around them as it was."""
-
-    def nothing(*_: object) -> None: ...
-
-    attention: Any = step.attention
-    prepared = attention._prepared
-    runs = [(nothing, nothing) if i in calls else runs for i, runs in enumerate(prepared.runs)]
-    attention._prepared = evolve(prepared, runs=runs)
+def chosen(step: Step, data: FlashInferHybridData, level: int, choice: Choice) -> Iterator[None]:
+    """The step with one level computed in another way."""
+    choices = planned(step, data)
+    choices[level] = choice
+    step.choose(data, choices)
     try:
         yield
     finally:
-        attention._prepared = prepared
+        step.attention.plan(data)
 
 
-@contextmanager
-def in_turn(step: Step) -> Iterator[None]:
-    """The planned step on one stream."""
+def parts(step: Step, data: FlashInferHybridData) -> Ways:
+    """The planned step, and parts of it; each can be entered once."""
     impl: Any = step.attention._impl
-    impl.overlap = False
-    try:
-        yield
-    finally:
-        impl.overlap = True
+    run_call, num_levels = impl._run_call, len(data.levels)
+
+    def only(i: int) -> Callable[..., None]:
+        return lambda q, layer, prepared, _: run_call(q, layer, prepared, i)
+
+    return {
+        "ours": nullcontext(),
+        "in turn": patch.multiple(impl, overlap=False),
+        **{f"level {i} alone": patch.multiple(impl, _run_parts=only(i)) for i in range(num_levels)},
+        "around": patch.multiple(impl, _run_call=nothing),
+        "without gathering": patch.multiple(impl._launcher, gather_queries=nothing),
+        "without merging": patch.multiple(impl._launcher, merge_parts=nothing),
+    }
 
 
-def alone(step: Step, i: int) -> Callable[[], None]:
-    """The attention kernel of one call, in every layer."""
-    attention: Any = step.attention
+def tried(step: Step, data: FlashInferHybridData) -> Ways:
+    """The step in other ways."""
+    impl: Any = step.attention._impl
+    streams, run_call, last = impl._streams, impl._run_call, len(data.levels) - 1
 
-    def layers() -> None:
-        for layer in range(NUM_LAYERS):
-            attention._impl._run_call(step.q, layer, attention._prepared, i)
+    def in_reverse(q: object, layer: int, prepared: object, i: int) -> None:
+        run_call(q, layer, prepared, last - i)
 
-    return layers
+    by_fa2 = [i for i, choice in enumerate(planned(step, data)) if choice.kernel == "fa2"]
+    return {
+        "begun at once": patch.multiple(streams, _pause=SimpleNamespace(zero_=nothing)),
+        "one priority": patch.multiple(streams, _sides=[torch.cuda.Stream() for _ in streams._sides]),  # type: ignore[no-untyped-call]
+        "last level first": patch.multiple(impl, _run_call=in_reverse),
+        **{f"level 0: fa3x{n}": chosen(step, data, 0, Choice("fa3", n)) for n in range(1, 9)},
+        **{f"level {i}: fa3x{n}": chosen(step, data, i, Choice("fa3", n)) for i in by_fa2 for n in (1, 2)},
+    }
+
+
+def rested_us(layers: Callable[[], object]) -> float:
+    """Microseconds a layer, after a pause."""
+    time.sleep(PAUSE_S)
+    times = replay_times(layers, WARM_UPS + REPEATS)[WARM_UPS:]
+    return round(statistics.median(times) / NUM_LAYERS, 2)
+
+
+def hot(layers: Callable[[], object], us: float) -> dict[str, float | None]:
+    """The time of a layer that took so many microseconds, after many; and how the device was meanwhile."""
+    before = int(HOT_S / (us * NUM_LAYERS * 1e-6))
+    with watched("clocks.sm,power.draw") as seen:
+        times = replay_times(layers, before + REPEATS)[before:]
+    row: dict[str, float | None] = {"hot_us": round(statistics.median(times) / NUM_LAYERS, 2)}
+    row["hot_mhz"], row["hot_watts"] = (min(seen)[0], max(watts for _, watts in seen)) if seen else (None, None)
+    return row
 
 
 def measure(step: Step, copy: float) -> dict[str, Any]:
     """One shape, and its parts."""
-
-    def us(layers: Callable[[], object]) -> float:
-        return device_us(layers, NUM_LAYERS)[0]
-
     data = step.packed(step.cost_model)
     step.attention.plan(data)
-    calls = step.attention._prepared.work.calls
-    assert len(calls) == len(data.levels), "a call for each level"
+    step.layers()
+    impl: Any = step.attention._impl
     row: dict[str, Any] = {"shape": list(step.shape), "name": str(step.shape)}
     row["bound_us"] = round(step.work_us({"copy": copy}), 1)
-    row["ours_us"] = us(step.layers)
-    with in_turn(step):
-        row["in_turn_us"] = us(step.layers)
-    with without(step, range(len(calls))):
-        row["around_us"] = us(step.layers)
+    calls = step.attention._prepared.work.calls
     row["levels"] = []
     for i, (call, level) in enumerate(zip(calls, data.levels, strict=True)):
-        pages, matrix = least_us(level, step, copy, is_last=i == len(calls) - 1)
+        pages, matrix = share_us(level, step, copy, is_last=i == len(calls) - 1)
         kernel = f"{call.kind[0]}:{len(call.kv_last_page_len)}"
-        least = {"pages_us": round(pages, 1), "matrix_us": round(matrix, 1)}
-        row["levels"].append({"kernel": kernel, "us": us(alone(step, i))} | least)
-    row["ours_again_us"] = us(step.layers)  # how much the clocks have moved meanwhile
-    return row
+        row["levels"].append({"kernel": kernel, "pages_us": round(pages, 1), "matrix_us": round(matrix, 1)})
+    row["planned"] = [f"level {i}: {choice.kernel}x{choice.slices}" for i, choice in enumerate(planned(step, data))]
+    row["replay_us"] = rested_us(impl._streams._pause.zero_)
+    row |= {"parts": {}, "tried": {}}
+    for _ in range(ROUNDS):
+        for times, ways in ((row["parts"], parts(step, data)), (row["tried"], tried(step, data))):
+            for name, way in ways.items():
+                with way:
+                    times.setdefault(name, []).append(rested_us(step.layers))
+    return row | hot(step.layers, row["parts"]["ours"][0])
 
 
 def line_of(row: dict[str, Any]) -> str:
     """A row in words."""
     levels = "  ".join(
-        f"{level['kernel']} {level['us']} (pages {level['pages_us']}, matrix {level['matrix_us']})"
-        for level in row["levels"]
+        f"{level['kernel']} (pages {level['pages_us']}, matrix {level['matrix_us']})" for level in row["levels"]
     )
-    return (
-        f"{row['name']:34} bound {row['bound_us']:6} ours {row['ours_us']:7} in turn {row['in_turn_us']:7} "
-        f"around {row['around_us']:6}  {levels}"
-    )
+    times = "  ".join(f"{name} {statistics.median(times)}" for name, times in (row["parts"] | row["tried"]).items())
+    return f"{row['name']:34} bound {row['bound_us']:6}  hot {row['hot_us']}  {levels}  {times}"
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def gpu_promises(measured: Measured, float16: Recorded, steps: Rows) -> list[Kep
 
     Args:
         measured: in bfloat16.
-        float16: the fixed shapes in float16.
+        float16: in float16, the fixed shapes and those of seed 0.
         steps: what `gpu_step` left.
     """
     known, fresh, other, heads = measured
@@ -91,7 +91,7 @@ def gpu_promises(measured: Measured, float16: Recorded, steps: Rows) -> list[Kep
         *_of_steps({row["packing"]: row for row in steps if "packing" in row}),
         *_of_forks(next(row for row in steps if "forks" in row)),
         _error(f"errors in bfloat16, {len(rows)} shapes", 1e-2, rows),
-        _error("errors in float16", 2e-3, float16.rows),
+        _error(f"errors in float16, {len(float16.rows)} shapes", 2e-3, float16.rows),
     ]
 
 

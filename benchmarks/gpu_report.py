@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.gpu_parts_report import parts_of_steps
 from benchmarks.gpu_promises import TIMES, Measured, gpu_promises, in_table
 from benchmarks.table import RESULTS
 
@@ -70,6 +71,7 @@ def gpu_parts() -> dict[str, str]:
         "gpu_fresh_uneven": _table(fresh_uneven.rows),
         "gpu_mixed": _table(mixed.rows),
         "gpu_summary": _summary(known, fresh, ragged, uneven, fresh_uneven, mixed),
+        "gpu_parts_of_steps": parts_of_steps(),
         "gpu_append": _append(),
         "gpu_steps": _steps(_recorded_steps()),
         "gpu_forks": _forks(_recorded_steps()),

@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from attrs import define
 
 from benchmarks import gpu_parts
+from benchmarks.gpu_about import watched
 from benchmarks.gpu_attention import Step
 from benchmarks.gpu_by_hand import NUM_LAYERS
+from benchmarks.gpu_parts_report import fastest, parts_of_steps
 from benchmarks.gpu_promises import OVER_BOUND
 from benchmarks.gpu_shapes import KNOWN, PAGE_SIZE, Shape, tables_of
+from benchmarks.gpu_timing import REPEATS
+from benchmarks.table import RESULTS
+from seqattn.attention.calls import Choice
 from seqattn.forest import build_forest
 from seqattn.hybrid import pack_hybrid
 
 COPY = 4e12
 #: two prompts, two documents on each, two sequences on each document
 SHAPE = Shape(8, 2, 64, 2, 32, 16)
+PLANNED = [Choice("fa3", 2), Choice("fa2"), Choice("decode")]
+ROW_TIMES = {
+    "ours": [10.0, 10.5, 10.2],
+    "slower": [11.0, 9.9, 11.0],
+    "faster": [9.0, 9.8, 9.1],
+    "little": [9.9] * 3,
+    "as it is": [9.8] * 3,
+}
 
 
 @define(frozen=True)
 class Prepared:
     work: Any
-    runs: list[tuple[Any, Any]]
 
 
 class Fake:
-    """A step whose kernels note that they ran; stands for `Step` and for its attention."""
+    """A step that notes what it launches; stands for `Step` and for all that it has."""
 
     def __init__(self, shape: Shape = SHAPE) -> None:
-        self.shape, self.num_qo_heads, self.q = shape, 32, None
+        self.shape, self.num_qo_heads, self.q = shape, 32, torch.zeros(shape.batch, 32, 128)
         self.manager = SimpleNamespace(head_dim=128)
         self.tables = tables_of(shape, 0)
         self.lens = np.array([len(table) * PAGE_SIZE for table in self.tables], dtype=np.int64)
@@ -44,65 +59,255 @@ class Fake:
         self.cost_model, self.overlap, self.ran = None, True, list[Any]()
         self.attention: Any = self
         self._impl = self
+        self._launcher: Any = None
+        self._streams = SimpleNamespace(
+            _sides=["high", "low"], _pause=SimpleNamespace(zero_=lambda: self.ran.append("pause"))
+        )
 
     def packed(self, cost_model: None) -> Any:  # noqa: ANN401  as `Step`'s
         return pack_hybrid(self.tables, self.lens, page_size=PAGE_SIZE, query_lens=None, cost_model=cost_model)
 
     def plan(self, data: Any) -> None:  # noqa: ANN401
-        calls = [SimpleNamespace(kind=(f"k{i}",), kv_last_page_len=range(3)) for i in range(len(data.levels))]
-        runs = [(None, lambda i=i: self.ran.append(i)) for i in range(len(calls))]
-        self._prepared = Prepared(SimpleNamespace(calls=calls), runs)
+        self.choose(data, PLANNED)
+
+    def choose(self, data: Any, choices: list[Choice]) -> None:  # noqa: ANN401
+        calls = [
+            SimpleNamespace(
+                kernel=choice.kernel,
+                kind=(choice.kernel,),
+                kv_last_page_len=range(choice.slices * (len(level.qo_indptr) - 1)),
+                choice=choice,
+            )
+            for choice, level in zip(choices, data.levels, strict=True)
+        ]
+        self._prepared = Prepared(SimpleNamespace(calls=calls))
 
     def work_us(self, rates: dict[str, float]) -> float:
         return Step.work_us(self, rates)  # type: ignore[arg-type]
 
-    def _run_call(self, _q: None, _layer: int, prepared: Prepared, i: int) -> None:
-        prepared.runs[i][1]()
-
     def layers(self) -> None:
+        if self._launcher is None:  # as that of the backend, it is there once something has run
+            self._launcher = SimpleNamespace(
+                gather_queries=lambda: self.ran.append("gather"), merge_parts=lambda: self.ran.append("merge")
+            )
         for layer in range(NUM_LAYERS):
-            self.ran.append("around" if self.overlap else "around, in turn")
-            for i in range(len(self._prepared.runs)):
-                self._run_call(None, layer, self._prepared, i)
+            self._run_parts(self.q, layer, self._prepared, ())
+
+    def _run_parts(self, q: torch.Tensor, layer: int, prepared: Prepared, _results: tuple[()]) -> None:
+        self._launcher.gather_queries()
+        if self.overlap:
+            self._streams._pause.zero_()
+            self.ran.append(tuple(self._streams._sides))
+        for i in range(len(prepared.work.calls)):
+            self._run_call(q, layer, prepared, i)
+        self._launcher.merge_parts()
+
+    def _run_call(self, q: torch.Tensor, layer: int, prepared: Prepared, i: int) -> None:
+        assert q is self.q
+        assert 0 <= layer < NUM_LAYERS
+        self.ran.append((i, prepared.work.calls[i].choice))
 
 
-def test_the_least_of_all_levels_is_the_bound() -> None:
+def test_the_shares_of_all_levels_are_the_bound() -> None:
     step: Any = Fake()
     levels = step.packed(None).levels
     assert len(levels) == 3
-    least = [gpu_parts.least_us(level, step, COPY, is_last=i == 2) for i, level in enumerate(levels)]
-    assert [round(pages * COPY / 1e6) for pages, _ in least] == [
+    shares = [gpu_parts.share_us(level, step, COPY, is_last=i == 2) for i, level in enumerate(levels)]
+    assert [round(pages * COPY / 1e6) for pages, _ in shares] == [
         4 * 8 * 128 * tokens for tokens in (2 * 64, 4 * 32, 8 * 16)
     ]
-    assert least[2][1] == 0
-    assert sum(map(sum, least)) == pytest.approx(step.work_us({"copy": COPY}))
+    assert shares[2][1] == 0
+    assert sum(map(sum, shares)) == pytest.approx(step.work_us({"copy": COPY}))
 
 
-def test_each_part_is_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def ran_by_each_way() -> dict[str, list[Any]]:
+    """What one layer launches."""
+    sides, calls = ("high", "low"), list(enumerate(PLANNED))
+
+    def around(calls: list[Any], sides: tuple[str, str] = sides) -> list[Any]:
+        return ["gather", "pause", sides, *calls, "merge"]
+
+    def instead(i: int, n: int) -> list[Any]:
+        return around([*calls[:i], (i, Choice("fa3", n)), *calls[i + 1 :]])
+
+    return {
+        "ours": around(calls),
+        "in turn": ["gather", *calls, "merge"],
+        "level 0 alone": calls[:1],
+        "level 1 alone": calls[1:2],
+        "level 2 alone": calls[2:],
+        "around": around([]),
+        "without gathering": around(calls)[1:],
+        "without merging": around(calls)[:-1],
+        "begun at once": ["gather", *around(calls)[2:]],
+        "one priority": around(calls, ("any", "any")),
+        "last level first": around(calls[::-1]),
+        **{f"level 0: fa3x{n}": instead(0, n) for n in range(1, 9)},
+        **{f"level 1: fa3x{n}": instead(1, n) for n in (1, 2)},
+    }
+
+
+def test_each_way_launches_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Fake()
     timed: list[list[Any]] = []
+    pauses: list[float] = []
 
-    def once(layers: Any, num_layers: int) -> tuple[float, float]:  # noqa: ANN401  a function of no arguments
+    def replay_times(layers: Any, repeats: int) -> list[float]:  # noqa: ANN401  a function of no arguments
         step.ran.clear()
         layers()
-        assert not len(step.ran) % num_layers
-        timed.append(step.ran[: len(step.ran) // num_layers])
-        assert step.ran == timed[-1] * num_layers
-        return float(len(timed)), 0.0
+        one = step.ran[: -(-len(step.ran) // NUM_LAYERS)]
+        assert step.ran in (one * NUM_LAYERS, one)
+        timed.append(one)
+        return [0.0] * (repeats - REPEATS) + [float(len(timed) * NUM_LAYERS)] * REPEATS
 
-    monkeypatch.setattr(gpu_parts, "device_us", once)
+    monkeypatch.setattr(gpu_parts, "replay_times", replay_times)
+    monkeypatch.setattr(time, "sleep", pauses.append)
     monkeypatch.setattr(gpu_parts, "copy_rate", lambda: COPY)
     monkeypatch.setattr(gpu_parts, "Step", lambda *_: step)
     monkeypatch.setattr(gpu_parts, "KNOWN", [step.shape])
     monkeypatch.setattr(gpu_parts, "OVER_BOUND", {str(step.shape): 1.2})
+    monkeypatch.setattr(gpu_parts, "watched", FakeWatch)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "any")
     monkeypatch.setattr(sys, "argv", ["benchmarks/gpu_parts.py", "--out", str(tmp_path)])
     gpu_parts.main()
-    assert timed == [["around", 0, 1, 2], ["around, in turn", 0, 1, 2], ["around"], [0], [1], [2], ["around", 0, 1, 2]]
     about, row = map(json.loads, (tmp_path / "parts.jsonl").read_text(encoding="utf-8").splitlines())
     assert about.items() >= {"copy TB/s": 4.0, "command": "python -m benchmarks.gpu_parts --out DIR"}.items()
-    assert [row[name] for name in ("ours_us", "in_turn_us", "around_us", "ours_again_us")] == [1, 2, 3, 7]
-    assert [(level["kernel"], level["us"]) for level in row["levels"]] == [("k0:3", 4), ("k1:3", 5), ("k2:3", 6)]
+
+    expected = ran_by_each_way()
+    each_round = list(expected.values())
+    assert timed == [["pause"], *each_round * gpu_parts.ROUNDS, expected["ours"]]
+    assert pauses == [gpu_parts.PAUSE_S] * (len(timed) - 1)
+    assert row["replay_us"] == 1
+    assert row["parts"] | row["tried"] == {
+        name: [2 + nth + i * len(expected) for i in range(gpu_parts.ROUNDS)] for nth, name in enumerate(expected)
+    }
+    assert [*row["tried"]] == [*expected][8:]
+    assert (row["hot_us"], row["hot_mhz"], row["hot_watts"]) == (len(timed), 1500, 690)
+    assert [level["kernel"] for level in row["levels"]] == ["fa3:4", "fa2:4", "decode:8"]
+    assert row["planned"] == ["level 0: fa3x2", "level 1: fa2x1", "level 2: decodex1"]
+    assert vars(step).keys() == vars(Fake()).keys() | {"_prepared"}, "all is as it was"
+
+
+class FakeWatch:
+    """Stands for `watched`."""
+
+    def __init__(self, query: str) -> None:
+        assert query == "clocks.sm,power.draw"
+        self.seen: list[list[float]] = []
+
+    def __enter__(self) -> list[list[float]]:
+        return self.seen
+
+    def __exit__(self, *_: object) -> None:
+        self.seen += [[1980, 400], [1500, 650], [1700, 690]]
+
+
+def test_hot_times_are_those_after_a_second_and_a_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    def replay_times(layers: str, repeats: int) -> list[float]:
+        assert (layers, repeats - REPEATS) == ("layers", 3750)
+        return [100.0 * NUM_LAYERS] * 3750 + [110.0 * NUM_LAYERS] * REPEATS
+
+    monkeypatch.setattr(gpu_parts, "replay_times", replay_times)
+    monkeypatch.setattr(gpu_parts, "watched", FakeWatch)
+    assert gpu_parts.hot("layers", 100.0) == {"hot_us": 110, "hot_mhz": 1500, "hot_watts": 690}  # type: ignore[arg-type]
+
+
+SAYS = """#!/bin/sh
+echo "$*" >> {asked}
+case "$*" in *--id={device}*) ;; *) echo "No devices were found"; exec sleep 60;; esac
+echo "1980, 120.5"
+echo "1500, 690.25"
+echo "1700, [N/A]"
+printf "19"
+echo > {asked}.said
+exec sleep 60
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "seen"),
+    [("GPU-12-ab", 1, [[1500, 690.25]]), ("1", 2, [[1500, 690.25]]), ("another", 2, [])],
+    ids=["by name", "by number", "unknown"],
+)
+def test_a_device_is_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, asked: int, seen: list[list[float]]
+) -> None:
+    script = tmp_path / "nvidia-smi"
+    script.write_text(SAYS.format(asked=tmp_path / "asked", device=device), encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-ab"))
+    begun = time.monotonic()
+    with watched("clocks.sm,power.draw", every_ms=20) as found:
+        assert not found
+        while seen and not (tmp_path / "asked.said").exists() and time.monotonic() - begun < 40:
+            time.sleep(0.01)
+    assert found == seen
+    assert time.monotonic() - begun < 50, "no process was waited for to the end of its 60 seconds"
+    lines = (tmp_path / "asked").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == asked
+    assert all("--query-gpu=clocks.sm,power.draw" in line and "--loop-ms=20" in line for line in lines)
+
+
+def test_without_nvidia_smi_nothing_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace())
+    with watched("power.draw") as found:
+        pass
+    assert found == []
 
 
 def test_every_shape_with_a_promised_bound_is_measured() -> None:
     assert OVER_BOUND.keys() <= {str(shape) for shape in KNOWN}
+
+
+# -- what the page says ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tried", "told"),
+    [
+        (["slower", "faster"], "9.1 (faster)"),
+        (["slower"], "10.2 (as planned)"),
+        (["little", "faster", "slower"], "9.1 (faster)"),
+        (["slower", "little"], "9.9 (little)"),
+        (["slower", "as it is"], "10.2 (as planned)"),
+        ([], "10.2 (as planned)"),
+    ],
+    ids=[
+        "one is faster",
+        "within the noise",
+        "the fastest of two",
+        "a little faster",
+        "the planned way again",
+        "none tried",
+    ],
+)
+def test_a_way_is_faster_if_its_slowest_time_is(tried: list[str], told: str) -> None:
+    parts = {"ours": ROW_TIMES["ours"], "around": [1.0] * 3}
+    row = {"planned": ["as it is"], "parts": parts, "tried": {name: ROW_TIMES[name] for name in tried}}
+    assert fastest(row) == told
+
+
+def recorded() -> list[dict[str, Any]]:
+    lines = (RESULTS / "gpu_parts_h200.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[1:]]
+
+
+def test_recorded_steps_are_near_the_bound_hot_and_near_the_fastest_way_tried() -> None:
+    rows = recorded()
+    assert {row["name"] for row in rows} == set(OVER_BOUND)
+    for row in rows:
+        ours = statistics.median(row["parts"]["ours"])
+        assert max(ours, row["hot_us"]) <= OVER_BOUND[row["name"]] * row["bound_us"]
+        shares = sum(level["pages_us"] + level["matrix_us"] for level in row["levels"])
+        assert shares == pytest.approx(row["bound_us"], rel=2e-3), "the shares of all levels are the bound"
+        assert ours <= 1.08 * min(map(statistics.median, row["tried"].values()))
+
+
+def test_the_table_has_a_line_for_each_row() -> None:
+    title, _, *lines = parts_of_steps().splitlines()
+    assert title.count("|") == lines[0].count("|")
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == [row["name"] for row in recorded()]
