@@ -15,9 +15,6 @@ import torch
 
 __all__ = ["about_run", "watched"]
 
-_FORMAT = "--format=csv,noheader,nounits"
-_SMI = ("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem", _FORMAT)
-
 
 def about_run() -> dict[str, Any]:
     """Device, versions, driver, clocks and command of this process; None for what cannot be found out."""
@@ -48,24 +45,28 @@ def watched(query: str, every_ms: int = 50) -> Iterator[list[list[float]]]:
         A list that is filled in the end; it stays empty where nvidia-smi is absent or says nothing of the device.
     """
     seen: list[list[float]] = []
+    process = _watching(query, every_ms)
+    try:
+        yield seen
+    finally:
+        if process is not None:
+            process.kill()
+            *lines, _ = process.communicate()[0].split("\n")  # the last one may be cut off
+            seen.extend(numbers for numbers in map(_numbers, lines) if numbers)
+
+
+def _watching(query: str, every_ms: int) -> subprocess.Popen[str] | None:
+    """An nvidia-smi that has told numbers once and goes on; None where there is none."""
     for device in _names():
-        command = ["nvidia-smi", f"--query-gpu={query}", _FORMAT, f"--id={device}", f"--loop-ms={every_ms}"]
+        command = [*_asking(query, device), f"--loop-ms={every_ms}"]
         with suppress(OSError):
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             assert process.stdout is not None
             if _numbers(process.stdout.readline()):
-                break
+                return process
             process.kill()
             process.communicate()
-    else:
-        yield seen
-        return
-    try:
-        yield seen
-    finally:
-        process.kill()
-        *lines, _ = process.communicate()[0].split("\n")  # the last one may be cut off
-        seen.extend(numbers for numbers in map(_numbers, lines) if numbers)
+    return None
 
 
 def _numbers(line: str) -> list[float]:
@@ -74,6 +75,11 @@ def _numbers(line: str) -> list[float]:
         return [float(word) for word in line.split(", ")]
     except ValueError:
         return []
+
+
+def _asking(query: str, device: str) -> list[str]:
+    """The command that asks nvidia-smi for these of a device."""
+    return ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id={device}"]
 
 
 def _names() -> list[str]:
@@ -88,7 +94,7 @@ def _driver_and_clocks() -> tuple[str | None, list[int] | None]:
     """Of the current device; None for both where nvidia-smi is absent or says nothing of it."""
     for device in _names():
         with suppress(OSError, subprocess.SubprocessError, ValueError):
-            command = [*_SMI, f"--id={device}"]
+            command = _asking("driver_version,clocks.max.sm,clocks.max.mem", device)
             done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
             driver, sm, memory = done.stdout.strip().split(", ")
             return driver, [int(sm), int(memory)]

@@ -44,9 +44,8 @@ from benchmarks.gpu_attention import MATRIX_RATE, Step
 from benchmarks.gpu_by_hand import NUM_LAYERS
 from benchmarks.gpu_promises import OVER_BOUND
 from benchmarks.gpu_shapes import KNOWN, PAGE_SIZE
-from benchmarks.gpu_timing import REPEATS, copy_rate
+from benchmarks.gpu_timing import copy_rate, device_us
 from seqattn.attention.calls import Choice
-from seqattn.cuda_steps import replay_times
 from seqattn.packed import FlashInferHybridData, HybridLevel
 
 #: 32 query and 8 KV heads of 128 in bfloat16, prompts and documents in one piece, as in the table of promises
@@ -142,18 +141,23 @@ def tried(step: Step, data: FlashInferHybridData) -> Ways:
 def rested_us(layers: Callable[[], object]) -> float:
     """Microseconds a layer, after a pause."""
     time.sleep(PAUSE_S)
-    times = replay_times(layers, WARM_UPS + REPEATS)[WARM_UPS:]
-    return round(statistics.median(times) / NUM_LAYERS, 2)
+    return device_us(layers, NUM_LAYERS, WARM_UPS)[0]
 
 
 def hot(layers: Callable[[], object], us: float) -> dict[str, float | None]:
-    """The time of a layer that took so many microseconds, after many; and how the device was meanwhile."""
-    before = int(HOT_S / (us * NUM_LAYERS * 1e-6))
+    """What a layer takes in the end, if it runs for `HOT_S` seconds; and the device until then.
+
+    Args:
+        layers: launches the kernels.
+        us: microseconds of a layer at rest.
+
+    Returns:
+        Microseconds, the lowest clock in MHz and the most power in watts; None for what nvidia-smi does not say.
+    """
     with watched("clocks.sm,power.draw") as seen:
-        times = replay_times(layers, before + REPEATS)[before:]
-    row: dict[str, float | None] = {"hot_us": round(statistics.median(times) / NUM_LAYERS, 2)}
-    row["hot_mhz"], row["hot_watts"] = (min(seen)[0], max(watts for _, watts in seen)) if seen else (None, None)
-    return row
+        hot_us, _ = device_us(layers, NUM_LAYERS, warm_ups=int(HOT_S / (us * NUM_LAYERS * 1e-6)))
+    clocks, watts = zip(*seen, strict=True) if seen else ([None], [None])
+    return {"hot_us": hot_us, "hot_mhz": min(clocks), "hot_watts": max(watts)}
 
 
 def measure(step: Step, copy: float) -> dict[str, Any]:

@@ -15,10 +15,16 @@ __all__ = ["copy_rate", "device_us", "host_us", "matrix_rate"]
 WARM_UPS, REPEATS = 3, 30
 
 
-def device_us(layers: Callable[[], object], num_layers: int) -> tuple[float, float]:
-    """Microseconds a layer of what `layers` launches, as median and spread (the middle half of 30 replays)."""
-    times = [us / num_layers for us in replay_times(layers, WARM_UPS + REPEATS)]
-    quarter, median, three = statistics.quantiles(times[WARM_UPS:], n=4)
+def device_us(layers: Callable[[], object], num_layers: int, warm_ups: int = WARM_UPS) -> tuple[float, float]:
+    """Microseconds a layer of what `layers` launches, as median and spread (the middle half of 30 replays).
+
+    Args:
+        layers: launches kernels of so many layers.
+        num_layers: how many.
+        warm_ups: replays before those 30.
+    """
+    times = [us / num_layers for us in replay_times(layers, warm_ups + REPEATS)]
+    quarter, median, three = statistics.quantiles(times[warm_ups:], n=4)
     return round(median, 2), round(three - quarter, 2)
 
 

@@ -6,6 +6,7 @@ import json
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from attrs import define
 
-from benchmarks import gpu_parts
+from benchmarks import gpu_parts, gpu_timing
 from benchmarks.gpu_about import watched
 from benchmarks.gpu_attention import Step
 from benchmarks.gpu_by_hand import NUM_LAYERS
@@ -160,7 +161,7 @@ def test_each_way_launches_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
         timed.append(one)
         return [0.0] * (repeats - REPEATS) + [float(len(timed) * NUM_LAYERS)] * REPEATS
 
-    monkeypatch.setattr(gpu_parts, "replay_times", replay_times)
+    monkeypatch.setattr(gpu_timing, "replay_times", replay_times)
     monkeypatch.setattr(time, "sleep", pauses.append)
     monkeypatch.setattr(gpu_parts, "copy_rate", lambda: COPY)
     monkeypatch.setattr(gpu_parts, "Step", lambda *_: step)
@@ -207,7 +208,7 @@ def test_hot_times_are_those_after_a_second_and_a_half(monkeypatch: pytest.Monke
         assert (layers, repeats - REPEATS) == ("layers", 3750)
         return [100.0 * NUM_LAYERS] * 3750 + [110.0 * NUM_LAYERS] * REPEATS
 
-    monkeypatch.setattr(gpu_parts, "replay_times", replay_times)
+    monkeypatch.setattr(gpu_timing, "replay_times", replay_times)
     monkeypatch.setattr(gpu_parts, "watched", FakeWatch)
     assert gpu_parts.hot("layers", 100.0) == {"hot_us": 110, "hot_mhz": 1500, "hot_watts": 690}  # type: ignore[arg-type]
 
@@ -248,6 +249,12 @@ def test_a_device_is_watched(
     lines = (tmp_path / "asked").read_text(encoding="utf-8").splitlines()
     assert len(lines) == asked
     assert all("--query-gpu=clocks.sm,power.draw" in line and "--loop-ms=20" in line for line in lines)
+
+
+def test_what_nvidia_smi_does_not_say_of_hot_steps_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_parts, "device_us", lambda *_, warm_ups: (120.5, 0.0))
+    monkeypatch.setattr(gpu_parts, "watched", lambda _: nullcontext([]))
+    assert gpu_parts.hot(list, 100.0) == {"hot_us": 120.5, "hot_mhz": None, "hot_watts": None}
 
 
 def test_without_nvidia_smi_nothing_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
