@@ -15,6 +15,8 @@ parts
 tried
   begun at once, one priority, last level first    the levels on their streams in other ways: without the pause by
                    which those below let the first begin, without priorities, in reverse
+  gathering early, merging early, merging early behind level 0    these kernels launched before what goes ahead of them
+                   has ended (`gpu_early`); behind level 0: on its stream, not on that of the last level
   level i: fa3xn   that level in n slices of fa3, the others as planned
 
 All take turns, each after a pause and some replays that do not count, so that what ran before matters little. Last the
@@ -31,7 +33,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,8 +122,33 @@ def parts(step: Step, data: FlashInferHybridData) -> Ways:
     }
 
 
+def merge_behind_first(impl: Any) -> Callable[..., None]:  # noqa: ANN401  the backend, or what stands for it
+    """A merge on the stream of the first level, when all levels are done."""
+    merge_parts, first = impl._launcher.merge_parts, impl._streams._sides[0]
+
+    def merge(*parts: object, **options: object) -> None:
+        main = torch.cuda.current_stream()
+        first.wait_stream(main)
+        with torch.cuda.stream(first):
+            merge_parts(*parts, **options)
+        main.wait_stream(first)
+
+    return merge
+
+
+@contextmanager
+def together(*ways: AbstractContextManager[object]) -> Iterator[None]:
+    """All of them at once."""
+    with ExitStack() as stack:
+        for way in ways:
+            stack.enter_context(way)
+        yield
+
+
 def tried(step: Step, data: FlashInferHybridData) -> Ways:
     """The step in other ways."""
+    from benchmarks.gpu_early import gathering_early, merging_early
+
     impl: Any = step.attention._impl
     streams, run_call, last = impl._streams, impl._run_call, len(data.levels) - 1
 
@@ -133,6 +160,11 @@ def tried(step: Step, data: FlashInferHybridData) -> Ways:
         "begun at once": patch.multiple(streams, _pause=SimpleNamespace(zero_=nothing)),
         "one priority": patch.multiple(streams, _sides=[torch.cuda.Stream() for _ in streams._sides]),  # type: ignore[no-untyped-call]
         "last level first": patch.multiple(impl, _run_call=in_reverse),
+        "gathering early": gathering_early(),
+        "merging early": merging_early(),
+        "merging early behind level 0": together(
+            merging_early(), patch.multiple(impl._launcher, merge_parts=merge_behind_first(impl))
+        ),
         **{f"level 0: fa3x{n}": chosen(step, data, 0, Choice("fa3", n)) for n in range(1, 9)},
         **{f"level {i}: fa3x{n}": chosen(step, data, i, Choice("fa3", n)) for i in by_fa2 for n in (1, 2)},
     }

@@ -6,10 +6,12 @@ import json
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -47,6 +49,23 @@ class Prepared:
     work: Any
 
 
+@define(slots=True)
+class Stream:
+    """Stands for a stream: notes what it waits for, and what is launched on it."""
+
+    name: str
+    ran: list[Any]
+
+    def wait_stream(self, other: Stream) -> None:
+        self.ran.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        self.ran.append(f"on {self.name}")
+        yield
+        self.ran.append(f"no longer on {self.name}")
+
+
 class Fake:
     """A step that notes what it launches; stands for `Step` and for all that it has."""
 
@@ -62,8 +81,10 @@ class Fake:
         self._impl = self
         self._launcher: Any = None
         self._streams = SimpleNamespace(
-            _sides=["high", "low"], _pause=SimpleNamespace(zero_=lambda: self.ran.append("pause"))
+            _sides=[Stream(name, self.ran) for name in ("high", "low")],
+            _pause=SimpleNamespace(zero_=lambda: self.ran.append("pause")),
         )
+        self.early: str | None = None
 
     def packed(self, cost_model: None) -> Any:  # noqa: ANN401  as `Step`'s
         return pack_hybrid(self.tables, self.lens, page_size=PAGE_SIZE, query_lens=None, cost_model=cost_model)
@@ -89,7 +110,8 @@ class Fake:
     def layers(self) -> None:
         if self._launcher is None:  # as that of the backend, it is there once something has run
             self._launcher = SimpleNamespace(
-                gather_queries=lambda: self.ran.append("gather"), merge_parts=lambda: self.ran.append("merge")
+                gather_queries=lambda: self.ran.append(("gather", self.early == "gather")),
+                merge_parts=lambda: self.ran.append(("merge", self.early == "merge")),
             )
         for layer in range(NUM_LAYERS):
             self._run_parts(self.q, layer, self._prepared, ())
@@ -98,7 +120,7 @@ class Fake:
         self._launcher.gather_queries()
         if self.overlap:
             self._streams._pause.zero_()
-            self.ran.append(tuple(self._streams._sides))
+            self.ran.append(tuple(side.name for side in self._streams._sides))
         for i in range(len(prepared.work.calls)):
             self._run_call(q, layer, prepared, i)
         self._launcher.merge_parts()
@@ -123,26 +145,33 @@ def test_the_shares_of_all_levels_are_the_bound() -> None:
 
 def ran_by_each_way() -> dict[str, list[Any]]:
     """What one layer launches."""
-    sides, calls = ("high", "low"), list(enumerate(PLANNED))
+    sides, calls, gather, merge = ("high", "low"), list(enumerate(PLANNED)), ("gather", False), ("merge", False)
+    gather_early, merge_early = ("gather", True), ("merge", True)
 
     def around(calls: list[Any], sides: tuple[str, str] = sides) -> list[Any]:
-        return ["gather", "pause", sides, *calls, "merge"]
+        return [gather, "pause", sides, *calls, merge]
 
     def instead(i: int, n: int) -> list[Any]:
         return around([*calls[:i], (i, Choice("fa3", n)), *calls[i + 1 :]])
 
     return {
         "ours": around(calls),
-        "in turn": ["gather", *calls, "merge"],
+        "in turn": [gather, *calls, merge],
         "level 0 alone": calls[:1],
         "level 1 alone": calls[1:2],
         "level 2 alone": calls[2:],
         "around": around([]),
         "without gathering": around(calls)[1:],
         "without merging": around(calls)[:-1],
-        "begun at once": ["gather", *around(calls)[2:]],
+        "begun at once": [gather, *around(calls)[2:]],
         "one priority": around(calls, ("any", "any")),
         "last level first": around(calls[::-1]),
+        "gathering early": [gather_early, *around(calls)[1:]],
+        "merging early": [*around(calls)[:-1], merge_early],
+        "merging early behind level 0": [
+            *around(calls)[:-1],
+            *("high waits for main", "on high", merge_early, "no longer on high", "main waits for high"),
+        ],
         **{f"level 0: fa3x{n}": instead(0, n) for n in range(1, 9)},
         **{f"level 1: fa3x{n}": instead(1, n) for n in (1, 2)},
     }
@@ -168,7 +197,14 @@ def test_each_way_launches_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(gpu_parts, "KNOWN", [step.shape])
     monkeypatch.setattr(gpu_parts, "OVER_BOUND", {str(step.shape): 1.2})
     monkeypatch.setattr(gpu_parts, "watched", FakeWatch)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: "any")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: Stream("any", step.ran))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("main", step.ran))
+    monkeypatch.setattr(torch.cuda, "stream", Stream.used)
+    early = {
+        "gathering_early": lambda: patch.multiple(step, early="gather"),
+        "merging_early": lambda: patch.multiple(step, early="merge"),
+    }
+    monkeypatch.setitem(sys.modules, "benchmarks.gpu_early", SimpleNamespace(**early))
     monkeypatch.setattr(sys, "argv", ["benchmarks/gpu_parts.py", "--out", str(tmp_path)])
     gpu_parts.main()
     about, row = map(json.loads, (tmp_path / "parts.jsonl").read_text(encoding="utf-8").splitlines())
