@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu_parts_report import parts_of_steps
-from benchmarks.gpu_promises import TIMES, Measured, gpu_promises, in_table
+from benchmarks.gpu_promises import AGAINST_PLAIN, TIMES, Measured, gpu_promises, in_table
 from benchmarks.table import RESULTS
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ __all__ = ["Recorded", "draw_gpu", "gpu_kept", "gpu_parts"]
 Rows = list[dict[str, Any]]
 #: the shapes drawn after the planner's constants had been fitted
 FRESH, FRESH_UNEVEN = "h200_seed113", "h200_uneven127"
+#: measured with an older flashinfer
+OLDER = "h200_0618"
 #: what a reader sees first: where it pays, and where it does not
 SHORT = (
     "(256, 32768, 256)",
@@ -73,6 +75,7 @@ def gpu_parts() -> dict[str, str]:
         "gpu_summary": _summary(known, fresh, ragged, uneven, fresh_uneven, mixed),
         "gpu_parts_of_steps": parts_of_steps(),
         "gpu_append": _append(),
+        "gpu_older": _older(known, Recorded(OLDER), _recorded_steps(OLDER)),
         "gpu_steps": _steps(_recorded_steps()),
         "gpu_forks": _forks(_recorded_steps()),
     }
@@ -94,8 +97,8 @@ def _promises() -> list[Kept]:
     return gpu_promises(measured, Recorded("h200_float16"), _recorded_steps())
 
 
-def _recorded_steps() -> Rows:
-    return [json.loads(line) for line in (RESULTS / "gpu_step_h200.jsonl").read_text(encoding="utf-8").splitlines()]
+def _recorded_steps(name: str = "h200") -> Rows:
+    return [json.loads(line) for line in (RESULTS / f"gpu_step_{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _table(rows: Rows) -> str:
@@ -184,6 +187,29 @@ def _append() -> str:
         times = " | ".join(f"{us:.1f}" for us in (*plain, ours))
         table.append(f"| {row['name']} | {times} | {min(plain) / ours:.2f}{TIMES} | {row['ours_error']:.1e} |")
     return "\n".join(table)
+
+
+def _older(known: Recorded, older: Recorded, steps: Rows) -> str:
+    """The promised shapes with two versions of flashinfer, and what holds of all shapes with the older one."""
+    new, old = (str(found.about["flashinfer"]).removesuffix(".post1") for found in (known, older))
+    titles = ("shape", f"ours µs, {new}", f"ours µs, {old}", f"against plain, {old}", f"against cascade, {old}")
+    lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
+    by_name = {row["name"]: row for row in known.rows}
+    for row in older.rows:
+        if row["name"] in AGAINST_PLAIN:
+            ours = row["ours_us"]
+            ratios = " | ".join(f"{row[peer] / ours:.2f}{TIMES}" for peer in ("plain_us", "cascade_us"))
+            lines.append(f"| {row['name']} | {by_name[row['name']]['ours_us']:.1f} | {ours:.1f} | {ratios} |")
+    cascade, behind = ([row[peer] / row["ours_us"] for row in older.rows] for peer in ("cascade_us", "plain_us"))
+    plain, hybrid = (next(row for row in steps if row.get("packing") == packing) for packing in ("plain", "hybrid"))
+    error = max(row["error"] for row in older.rows)
+    lines.append(
+        f"\nOn all {len(older.rows)} shapes ours is at least {min(cascade):.2f} times as fast as the cascade and at "
+        f"most {1 / min(behind) - 1:.1%} behind plain decode; errors are up to {error:.1e}. A decode step of "
+        f"{hybrid['layers']} layers is {plain['eager_us'] / hybrid['eager_us']:.2f} times as fast with levels, "
+        f"{plain['graph_us'] / hybrid['graph_us']:.2f} times as one graph."
+    )
+    return "\n".join(lines)
 
 
 def _steps(steps: Rows) -> str:

@@ -14,8 +14,19 @@ import pytest
 import torch
 
 from benchmarks import gpu_about, gpu_append, gpu_attention, gpu_step
-from benchmarks.gpu_promises import Kept, _at_least, _at_most, _error, _of_host, _share, in_table
-from benchmarks.gpu_report import Recorded, _promises
+from benchmarks.gpu_promises import (
+    Kept,
+    _at_least,
+    _at_most,
+    _cascade,
+    _error,
+    _of_host,
+    _of_shapes,
+    _of_steps,
+    _share,
+    in_table,
+)
+from benchmarks.gpu_report import OLDER, Recorded, _promises, _recorded_steps
 from benchmarks.gpu_shapes import PAGE_SIZE, one_prefix
 from seqattn.forest import Run
 from tests.gpu.batches import relative_error
@@ -294,3 +305,17 @@ def test_the_promises_that_are_not_kept_are_these() -> None:
         "planner, CPU time, a new batch of 256 with a forest",
         "`plan` over flashinfer's by hand, a batch of which nothing is known, hybrid",
     ]
+
+
+def test_an_older_flashinfer_keeps_what_was_promised_of_shapes_and_of_a_whole_step() -> None:
+    older = Recorded(OLDER)
+    assert older.about["flashinfer"] == "0.6.18.post1"
+    steps = {row["packing"]: row for row in _recorded_steps(OLDER) if "packing" in row}
+    promises = [
+        *_of_shapes({row["name"]: row for row in older.rows}),
+        _cascade("all", older.rows),
+        _error("all", 1e-2, older.rows),
+        *list(_of_steps(steps))[:2],
+    ]
+    assert [promise.what for promise in promises if not promise.is_kept] == []
+    assert all(row["ours_us"] <= 1.02 * row["plain_us"] for row in older.rows)
