@@ -1,9 +1,10 @@
 """The small kernels around attention, launched before what goes ahead of them has ended.
 
-A kernel that a stream launches in this way (programmatic dependent launch, from Hopper on) gets its multiprocessors as
-soon as all blocks ahead of it have ended, or have said that it may begin, as those of flashinfer's fa2 and decode
-kernels do. Before it reads or writes anything it waits until they are done and what they wrote can be seen. So only its
-launch may take less time. What other streams have to do first is waited for before the launch, as ever.
+A kernel launched in this way (programmatic dependent launch, from Hopper on) gets its multiprocessors as soon as all
+blocks ahead of it have ended, or have said that it may begin, as those of flashinfer's fa2 and decode kernels do.
+Before it reads or writes anything it waits until they are done and what they wrote can be seen. So only its launch may
+take less time. In a captured graph that is so for all kernels ahead of it (all its edges are programmatic), in a launch
+without a graph for the one ahead of it on its own stream.
 
 Importing this file needs Triton, as `seqattn.kernels` does.
 """
