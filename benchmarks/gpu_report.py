@@ -205,7 +205,7 @@ def _older(known: Recorded, older: Recorded, steps: Rows) -> str:
     error = max(row["error"] for row in older.rows)
     lines.append(
         f"\nOn all {len(older.rows)} shapes ours is at least {min(cascade):.2f} times as fast as the cascade and at "
-        f"most {1 / min(behind) - 1:.1%} behind plain decode; errors are up to {error:.1e}. A decode step of "
+        f"most {max(0.0, 1 / min(behind) - 1):.1%} behind plain decode; errors are up to {error:.1e}. A decode step of "
         f"{hybrid['layers']} layers is {plain['eager_us'] / hybrid['eager_us']:.2f} times as fast with levels, "
         f"{plain['graph_us'] / hybrid['graph_us']:.2f} times as one graph."
     )
