@@ -1,4 +1,4 @@
-"""The table of a step's parts in docs/performance.md, made from the rows that `gpu_parts` left."""
+"""The tables of a step's parts in docs/performance.md, made from the rows that `gpu_parts` left."""
 
 from __future__ import annotations
 
@@ -8,18 +8,32 @@ from typing import Any
 
 from benchmarks.table import RESULTS
 
-__all__ = ["fastest", "parts_of_steps"]
+__all__ = ["RUNS", "fastest", "parts_of_steps", "tries_of_steps"]
+
+#: of the benchmark: the one of which its first table is, one before and one after it, one with another flashinfer
+RUNS = ("h200", "h200_first", "h200_third", "h200_0618")
+#: what is told of all runs, by its name on the page
+_WAYS = {
+    "as planned, measured again": "",
+    "merging early": "merging early",
+    "the same, behind level 0": "merging early behind level 0",
+    "gathering early": "gathering early",
+    "one priority": "one priority",
+    "begun at once": "begun at once",
+    "last level first": "last level first",
+    "three slices": "level 0: fa3x3",
+    "level 1 by fa3": "level 1: fa3x1",
+}
 
 
 def parts_of_steps() -> str:
     """A line for each step near the serial bound: what its kernels take, and the fastest way of all tried."""
-    lines = (RESULTS / "gpu_parts_h200.jsonl").read_text(encoding="utf-8").splitlines()[1:]
     titles = (
         *("shape", "bound µs", "ours µs", "hot µs", "in turn µs"),
         *("each level alone µs (its share of the bound)", "around µs", "empty replay µs", "fastest way µs"),
     )
     table = [f"| {' | '.join(titles)} |", "|---" + "|---:" * 4 + "|---" + "|---:" * 2 + "|---|"]
-    for row in map(json.loads, lines):
+    for row in _recorded(RUNS[0]):
         times = {name: statistics.median(us) for name, us in row["parts"].items()}
         levels = ", ".join(
             f"{level['kernel']} {times[f'level {i} alone']:.0f} ({level['pages_us'] + level['matrix_us']:.0f})"
@@ -42,3 +56,31 @@ def fastest(row: dict[str, Any]) -> str:
     faster = [(statistics.median(us), name) for name, us in others.items() if max(us) < min(ours)]
     us, name = min(faster, default=(statistics.median(ours), "as planned"))
     return f"{us:.1f} ({name})"
+
+
+def tries_of_steps() -> str:
+    """A line for each way: by how much longer than planned a step took, the least and the most of all runs."""
+    runs = [_recorded(name) for name in RUNS]
+    table = [f"| % | {' | '.join(row['name'] for row in runs[0])} |", "|---" + "|---:" * len(runs[0]) + "|"]
+    for what, name in _WAYS.items():
+        cells = []
+        for rows in zip(*runs, strict=True):
+            changes = [round(found, 1) + 0.0 for found in (_change(row, name) for row in rows) if found is not None]
+            cells.append(f"{min(changes)} to {max(changes)}" if changes else "")
+        table.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def _change(row: dict[str, Any], way: str) -> float | None:
+    """How many percent longer than as planned; None where the way was not tried. No name: as planned, once more."""
+    if not way:
+        way = next(name for name in row["planned"] if name in row["tried"])
+    elif way in row["planned"] or way not in row["tried"]:
+        return None
+    median, planned = statistics.median(row["tried"][way]), statistics.median(row["parts"]["ours"])
+    return 100 * (float(median) / float(planned) - 1)
+
+
+def _recorded(name: str) -> list[dict[str, Any]]:
+    lines = (RESULTS / f"gpu_parts_{name}.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    return [json.loads(line) for line in lines]

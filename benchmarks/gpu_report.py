@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu_parts_report import parts_of_steps
+from benchmarks.gpu_parts_report import parts_of_steps, tries_of_steps
 from benchmarks.gpu_promises import AGAINST_PLAIN, TIMES, Measured, gpu_promises, in_table
 from benchmarks.table import RESULTS
 
@@ -74,6 +74,7 @@ def gpu_parts() -> dict[str, str]:
         "gpu_mixed": _table(mixed.rows),
         "gpu_summary": _summary(known, fresh, ragged, uneven, fresh_uneven, mixed),
         "gpu_parts_of_steps": parts_of_steps(),
+        "gpu_tries_of_steps": tries_of_steps(),
         "gpu_append": _append(),
         "gpu_older": _older(known, Recorded(OLDER), _recorded_steps(OLDER)),
         "gpu_steps": _steps(_recorded_steps()),
@@ -153,11 +154,12 @@ def _summary(
         f"- Ours is at least {lowest:.2f} times as fast as the cascade wrapper, on all {len(rows)} shapes (at {where})."
     )
     line = [row["scattered_us"] / row["ours_us"] for row in rows if "fa3 in line:" in " ".join(row["kernels"])]
+    slower = [1 / ratio - 1 for ratio in line if ratio < 1]
+    where = f"; in {len(slower)} of them it takes longer, by up to {max(slower):.0%}" if slower else ""
     lines.append(
         f"- Where a prompt that lies in one piece is read as one array ({len(line)} shapes), ours takes "
         f"{1 - 1 / statistics.median(line):.0%} less time than with its pages apart, in the median, and at most "
-        f"{1 - 1 / max(line):.0%} less; in {sum(ratio < 1 for ratio in line)} of them it takes longer, by up to "
-        f"{1 / min(line) - 1:.0%}."
+        f"{1 - 1 / max(line):.0%} less{where}."
     )
     planner = [row["planner_us"] + row["forest_us"] for row in known.rows if row["shape"][0] == 256]
     packs = [row["pack_us"] for row in known.rows if row["shape"][0] == 256]
@@ -191,23 +193,24 @@ def _append() -> str:
 
 def _older(known: Recorded, older: Recorded, steps: Rows) -> str:
     """The promised shapes with two versions of flashinfer, and what holds of all shapes with the older one."""
-    new, old = (str(found.about["flashinfer"]).removesuffix(".post1") for found in (known, older))
-    titles = ("shape", f"ours µs, {new}", f"ours µs, {old}", f"against plain, {old}", f"against cascade, {old}")
+    new, old = (str(found.about["flashinfer"]) for found in (known, older))
+    titles = [
+        "shape",
+        *(f"{what}, {version}" for what in ("ours µs", "plain µs", "cascade µs") for version in (new, old)),
+    ]
     lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
     by_name = {row["name"]: row for row in known.rows}
     for row in older.rows:
         if row["name"] in AGAINST_PLAIN:
-            ours = row["ours_us"]
-            ratios = " | ".join(f"{row[peer] / ours:.2f}{TIMES}" for peer in ("plain_us", "cascade_us"))
-            lines.append(f"| {row['name']} | {by_name[row['name']]['ours_us']:.1f} | {ours:.1f} | {ratios} |")
+            pairs = ((by_name[row["name"]][us], row[us]) for us in ("ours_us", "plain_us", "cascade_us"))
+            times = " | ".join(f"{found:.1f}" for pair in pairs for found in pair)
+            lines.append(f"| {row['name']} | {times} |")
     cascade, behind = ([row[peer] / row["ours_us"] for row in older.rows] for peer in ("cascade_us", "plain_us"))
-    plain, hybrid = (next(row for row in steps if row.get("packing") == packing) for packing in ("plain", "hybrid"))
-    error = max(row["error"] for row in older.rows)
+    slowest = 1 / min(behind) - 1
     lines.append(
-        f"\nOn all {len(older.rows)} shapes ours is at least {min(cascade):.2f} times as fast as the cascade and at "
-        f"most {max(0.0, 1 / min(behind) - 1):.1%} behind plain decode; errors are up to {error:.1e}. A decode step of "
-        f"{hybrid['layers']} layers is {plain['eager_us'] / hybrid['eager_us']:.2f} times as fast with levels, "
-        f"{plain['graph_us'] / hybrid['graph_us']:.2f} times as one graph."
+        f"\nOn all {len(older.rows)} shapes ours is at least {min(cascade):.2f} times as fast as the cascade and "
+        f"{f'at most {slowest:.1%} behind' if slowest > 0 else 'nowhere behind'} plain decode; errors are up to "
+        f"{max(row['error'] for row in older.rows):.1e}. Whole steps of 32 layers:\n\n{_steps(steps)}"
     )
     return "\n".join(lines)
 

@@ -18,11 +18,11 @@ import pytest
 import torch
 from attrs import define
 
-from benchmarks import gpu_parts, gpu_timing
+from benchmarks import gpu_parts, gpu_parts_report, gpu_timing
 from benchmarks.gpu_about import watched
 from benchmarks.gpu_attention import Step
 from benchmarks.gpu_by_hand import NUM_LAYERS
-from benchmarks.gpu_parts_report import fastest, parts_of_steps
+from benchmarks.gpu_parts_report import RUNS, fastest, parts_of_steps, tries_of_steps
 from benchmarks.gpu_promises import OVER_BOUND
 from benchmarks.gpu_shapes import KNOWN, PAGE_SIZE, Shape, tables_of
 from benchmarks.gpu_timing import REPEATS
@@ -334,13 +334,14 @@ def test_a_way_is_faster_if_its_slowest_time_is(tried: list[str], told: str) -> 
     assert fastest(row) == told
 
 
-def recorded() -> list[dict[str, Any]]:
-    lines = (RESULTS / "gpu_parts_h200.jsonl").read_text(encoding="utf-8").splitlines()
+def recorded(run: str = RUNS[0]) -> list[dict[str, Any]]:
+    lines = (RESULTS / f"gpu_parts_{run}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[1:]]
 
 
-def test_recorded_steps_are_near_the_bound_hot_and_near_the_fastest_way_tried() -> None:
-    rows = recorded()
+@pytest.mark.parametrize("run", RUNS)
+def test_recorded_steps_are_near_the_bound_hot_and_near_the_fastest_way_tried(run: str) -> None:
+    rows = recorded(run)
     assert {row["name"] for row in rows} == set(OVER_BOUND)
     for row in rows:
         ours = statistics.median(row["parts"]["ours"])
@@ -354,3 +355,34 @@ def test_the_table_has_a_line_for_each_row() -> None:
     title, _, *lines = parts_of_steps().splitlines()
     assert title.count("|") == lines[0].count("|")
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == [row["name"] for row in recorded()]
+
+
+def test_other_ways_are_told_by_how_much_longer_they_took_in_all_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, slices = ["level 0: fa3x2", "level 1: decodex1"], "level 0: fa3x3"
+    tried = [
+        {"merging early": [99.0, 98.0, 120.0], planned[0]: [100.0] * 3, slices: [90.0] * 3},
+        {"merging early": [99.98] * 3, planned[0]: [101.0] * 3, slices: [80.0] * 3},
+        {planned[0]: [102.0] * 3, slices: [130.0] * 3},
+    ]
+    planned_so = [planned, planned, [slices]]
+    for name, ways, plan in zip(RUNS, tried, planned_so, strict=False):
+        row = {
+            "name": "(4, 64, 16)",
+            "planned": [*plan, planned[0]],
+            "parts": {"ours": [1.0, 100.0, 500.0]},
+            "tried": ways,
+        }
+        (tmp_path / f"gpu_parts_{name}.jsonl").write_text(f"{{}}\n{json.dumps(row)}\n", encoding="utf-8")
+    monkeypatch.setattr(gpu_parts_report, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_parts_report, "RUNS", RUNS[:3])
+    lines = tries_of_steps().splitlines()
+    assert lines[:4] == [
+        "| % | (4, 64, 16) |",
+        "|---|---:|",
+        "| as planned, measured again | 0.0 to 30.0 |",
+        "| merging early | -1.0 to 0.0 |",
+    ]
+    assert "| three slices | -20.0 to -10.0 |" in lines, "where they are not what is planned"
+    assert "| level 1 by fa3 |  |" in lines
