@@ -15,8 +15,8 @@ parts
 tried
   begun at once, one priority, last level first    the levels on their streams in other ways: without the pause by
                    which those below let the first begin, without priorities, in reverse
-  gathering early, merging early, merging early behind level 0    these kernels launched before what goes ahead of them
-                   has ended (`gpu_early`); behind level 0: on its stream, not on that of the last level
+  gathering early, merging early, both early, merging early behind level 0    these kernels launched before what goes
+                   ahead of them has ended (`gpu_early`); behind level 0: on its stream, not on that of the last level
   level i: fa3xn   that level in n slices of fa3, the others as planned
 
 All take turns, each after a pause and some replays that do not count, so that what ran before matters little. Last the
@@ -162,6 +162,7 @@ def tried(step: Step, data: FlashInferHybridData) -> Ways:
         "last level first": patch.multiple(impl, _run_call=in_reverse),
         "gathering early": gathering_early(),
         "merging early": merging_early(),
+        "both early": together(gathering_early(), merging_early()),
         "merging early behind level 0": together(
             merging_early(), patch.multiple(impl._launcher, merge_parts=merge_behind_first(impl))
         ),
@@ -207,13 +208,15 @@ def measure(step: Step, copy: float) -> dict[str, Any]:
         kernel = f"{call.kind[0]}:{len(call.kv_last_page_len)}"
         row["levels"].append({"kernel": kernel, "pages_us": round(pages, 1), "matrix_us": round(matrix, 1)})
     row["planned"] = [f"level {i}: {choice.kernel}x{choice.slices}" for i, choice in enumerate(planned(step, data))]
-    row["replay_us"] = rested_us(impl._streams._pause.zero_)
     row |= {"parts": {}, "tried": {}}
+    replays = []
     for _ in range(ROUNDS):
+        replays.append(rested_us(impl._streams._pause.zero_))
         for times, ways in ((row["parts"], parts(step, data)), (row["tried"], tried(step, data))):
             for name, way in ways.items():
                 with way:
                     times.setdefault(name, []).append(rested_us(step.layers))
+    row["replay_us"] = statistics.median(replays)
     return row | hot(step.layers, row["parts"]["ours"][0])
 
 

@@ -84,7 +84,7 @@ class Fake:
             _sides=[Stream(name, self.ran) for name in ("high", "low")],
             _pause=SimpleNamespace(zero_=lambda: self.ran.append("pause")),
         )
-        self.early: str | None = None
+        self.gathers_early = self.merges_early = False
 
     def packed(self, cost_model: None) -> Any:  # noqa: ANN401  as `Step`'s
         return pack_hybrid(self.tables, self.lens, page_size=PAGE_SIZE, query_lens=None, cost_model=cost_model)
@@ -110,8 +110,8 @@ class Fake:
     def layers(self) -> None:
         if self._launcher is None:  # as that of the backend, it is there once something has run
             self._launcher = SimpleNamespace(
-                gather_queries=lambda: self.ran.append(("gather", self.early == "gather")),
-                merge_parts=lambda: self.ran.append(("merge", self.early == "merge")),
+                gather_queries=lambda: self.ran.append(("gather", self.gathers_early)),
+                merge_parts=lambda: self.ran.append(("merge", self.merges_early)),
             )
         for layer in range(NUM_LAYERS):
             self._run_parts(self.q, layer, self._prepared, ())
@@ -168,6 +168,7 @@ def ran_by_each_way() -> dict[str, list[Any]]:
         "last level first": around(calls[::-1]),
         "gathering early": [gather_early, *around(calls)[1:]],
         "merging early": [*around(calls)[:-1], merge_early],
+        "both early": [gather_early, *around(calls)[1:-1], merge_early],
         "merging early behind level 0": [
             *around(calls)[:-1],
             *("high waits for main", "on high", merge_early, "no longer on high", "main waits for high"),
@@ -201,8 +202,8 @@ def test_each_way_launches_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("main", step.ran))
     monkeypatch.setattr(torch.cuda, "stream", Stream.used)
     early = {
-        "gathering_early": lambda: patch.multiple(step, early="gather"),
-        "merging_early": lambda: patch.multiple(step, early="merge"),
+        "gathering_early": lambda: patch.multiple(step, gathers_early=True),
+        "merging_early": lambda: patch.multiple(step, merges_early=True),
     }
     monkeypatch.setitem(sys.modules, "benchmarks.gpu_early", SimpleNamespace(**early))
     monkeypatch.setattr(sys, "argv", ["benchmarks/gpu_parts.py", "--out", str(tmp_path)])
@@ -211,12 +212,13 @@ def test_each_way_launches_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
     assert about.items() >= {"copy TB/s": 4.0, "command": "python -m benchmarks.gpu_parts --out DIR"}.items()
 
     expected = ran_by_each_way()
-    each_round = list(expected.values())
-    assert timed == [["pause"], *each_round * gpu_parts.ROUNDS, expected["ours"]]
+    each_round = [["pause"], *expected.values()]
+    assert timed == [*each_round * gpu_parts.ROUNDS, expected["ours"]]
     assert pauses == [gpu_parts.PAUSE_S] * (len(timed) - 1)
-    assert row["replay_us"] == 1
+    assert row["replay_us"] == 1 + len(each_round), "the median of its rounds"
     assert row["parts"] | row["tried"] == {
-        name: [2 + nth + i * len(expected) for i in range(gpu_parts.ROUNDS)] for nth, name in enumerate(expected)
+        name: [1 + nth + i * len(each_round) for i in range(gpu_parts.ROUNDS)]
+        for nth, name in enumerate(expected, start=1)
     }
     assert [*row["tried"]] == [*expected][8:]
     assert (row["hot_us"], row["hot_mhz"], row["hot_watts"]) == (len(timed), 1500, 690)
