@@ -368,7 +368,7 @@ def test_other_ways_are_told_by_how_much_longer_they_took_in_all_runs(
         {"merging early": [99.98] * 3, planned[0]: [101.0] * 3, slices: [80.0] * 3},
         {planned[0]: [102.0] * 3, slices: [130.0] * 3},
     ]
-    planned_so = [planned, planned, [slices]]
+    planned_so = [planned, planned, ["level 0: fa2x1", slices]]
     for name, ways, plan in zip(RUNS, tried, planned_so, strict=False):
         row = {
             "name": "(4, 64, 16)",
