@@ -10,11 +10,11 @@ from benchmarks.table import RESULTS
 
 __all__ = ["RUNS", "fastest", "parts_of_steps", "tries_of_steps"]
 
-#: of the benchmark: the one of which its first table is, one before and one after it, one with another flashinfer
+#: recorded runs of `gpu_parts`: the one that the first table shows, an earlier, a later, and one with flashinfer 0.6.18
 RUNS = ("h200", "h200_first", "h200_third", "h200_0618")
-#: what is told of all runs, by its name on the page
+#: ways that are told of in all runs, by their names on the page; None: as planned, which is among those tried, too
 _WAYS = {
-    "as planned, measured again": "",
+    "as planned, measured again": None,
     "merging early": "merging early",
     "the same, behind level 0": "merging early behind level 0",
     "gathering early": "gathering early",
@@ -71,9 +71,9 @@ def tries_of_steps() -> str:
     return "\n".join(table)
 
 
-def _change(row: dict[str, Any], way: str) -> float | None:
-    """How many percent longer than as planned; None where the way was not tried. No name: as planned, once more."""
-    if not way:
+def _change(row: dict[str, Any], way: str | None) -> float | None:
+    """By how many percent a way of `_WAYS` took longer than what was planned; None if it was that, or was not tried."""
+    if way is None:
         way = next(name for name in row["planned"] if name in row["tried"])
     elif way in row["planned"] or way not in row["tried"]:
         return None

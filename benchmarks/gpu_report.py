@@ -210,7 +210,7 @@ def _older(known: Recorded, older: Recorded, steps: Rows) -> str:
     lines.append(
         f"\nOn all {len(older.rows)} shapes ours is at least {min(cascade):.2f} times as fast as the cascade and "
         f"{f'at most {slowest:.1%} behind' if slowest > 0 else 'nowhere behind'} plain decode; errors are up to "
-        f"{max(row['error'] for row in older.rows):.1e}. Whole steps of 32 layers:\n\n{_steps(steps)}"
+        f"{max(row['error'] for row in older.rows):.1e}. Whole steps of {steps[0]['layers']} layers:\n\n{_steps(steps)}"
     )
     return "\n".join(lines)
 

@@ -22,11 +22,10 @@ from benchmarks import gpu_parts, gpu_parts_report, gpu_timing
 from benchmarks.gpu_about import watched
 from benchmarks.gpu_attention import Step
 from benchmarks.gpu_by_hand import NUM_LAYERS
-from benchmarks.gpu_parts_report import RUNS, fastest, parts_of_steps, tries_of_steps
+from benchmarks.gpu_parts_report import RUNS, _recorded, fastest, parts_of_steps, tries_of_steps
 from benchmarks.gpu_promises import OVER_BOUND
 from benchmarks.gpu_shapes import KNOWN, PAGE_SIZE, Shape, tables_of
 from benchmarks.gpu_timing import REPEATS
-from benchmarks.table import RESULTS
 from seqattn.attention.calls import Choice
 from seqattn.forest import build_forest
 from seqattn.hybrid import pack_hybrid
@@ -336,14 +335,9 @@ def test_a_way_is_faster_if_its_slowest_time_is(tried: list[str], told: str) -> 
     assert fastest(row) == told
 
 
-def recorded(run: str = RUNS[0]) -> list[dict[str, Any]]:
-    lines = (RESULTS / f"gpu_parts_{run}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[1:]]
-
-
 @pytest.mark.parametrize("run", RUNS)
 def test_recorded_steps_are_near_the_bound_hot_and_near_the_fastest_way_tried(run: str) -> None:
-    rows = recorded(run)
+    rows = _recorded(run)
     assert {row["name"] for row in rows} == set(OVER_BOUND)
     for row in rows:
         ours = statistics.median(row["parts"]["ours"])
@@ -356,7 +350,7 @@ def test_recorded_steps_are_near_the_bound_hot_and_near_the_fastest_way_tried(ru
 def test_the_table_has_a_line_for_each_row() -> None:
     title, _, *lines = parts_of_steps().splitlines()
     assert title.count("|") == lines[0].count("|")
-    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == [row["name"] for row in recorded()]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == [row["name"] for row in _recorded(RUNS[0])]
 
 
 def test_other_ways_are_told_by_how_much_longer_they_took_in_all_runs(
