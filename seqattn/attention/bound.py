@@ -23,7 +23,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["BoundPlan", "BoundRun"]
+__all__ = ["BoundPlan", "BoundRun", "one_row_each"]
 
 #: where a wrapper keeps the functions of its compiled kernels
 _MODULE = "_cached_module"
@@ -110,12 +110,14 @@ class BoundPlan:
 
     Args:
         wrapper: planned once for as many sequences.
+        change: what the kernel's plan is given instead of what the wrapper gives it, by position, in every plan that is
+            made without the wrapper, and in the one that is noted for these. If none can be, no plan is changed.
     """
 
-    __slots__ = ("_arguments", "_function", "_is_noted", "_places", "_wrapper")
+    __slots__ = ("_arguments", "_change", "_function", "_is_noted", "_places", "_wrapper")
 
-    def __init__(self, wrapper: Any) -> None:  # noqa: ANN401  flashinfer's, untyped
-        self._wrapper = wrapper
+    def __init__(self, wrapper: Any, change: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None) -> None:  # noqa: ANN401  flashinfer's, untyped
+        self._wrapper, self._change = wrapper, change
         self._function: Callable[..., object] | None = None
         self._arguments: list[Any] = []
         self._places: list[list[int]] = []
@@ -149,6 +151,8 @@ class BoundPlan:
         else:
             self._is_noted = True
             self._note(module, plan, indptr, lengths)
+            if self._change is not None and self._function is None:
+                plan()  # as all that follow
         return None
 
     def forget(self) -> None:
@@ -156,7 +160,7 @@ class BoundPlan:
         self._is_noted, self._function, self._arguments = True, None, []
 
     def _note(self, module: Any, plan: Callable[[], object], indptr: torch.Tensor, lengths: torch.Tensor) -> None:  # noqa: ANN401  as above
-        recorder = _Recorder(module)
+        recorder = _Recorder(module, self._change)
         with _PATCHING:
             function = module.plan
             module.plan = recorder.plan
@@ -188,8 +192,8 @@ class _Recorder:
     Those by name cannot be repeated so. Other threads may plan with the same module meanwhile.
     """
 
-    def __init__(self, module: Any) -> None:  # noqa: ANN401  flashinfer's, untyped
-        self._module, self._thread = module, threading.get_ident()
+    def __init__(self, module: Any, change: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None) -> None:  # noqa: ANN401  flashinfer's, untyped
+        self._module, self._thread, self._change = module, threading.get_ident(), change
         self.calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  as above
@@ -199,7 +203,23 @@ class _Recorder:
 
         def noted(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401  as above
             if threading.get_ident() == self._thread:
+                arguments = arguments if self._change is None else self._change(arguments)
                 self.calls += [(found, arguments)] * (2 if named else 1)  # more than one call is of no use
             return found(*arguments, **named)
 
         return noted
+
+
+#: arguments of the plan of flashinfer's paged prefill by fa2, which its tensor-core decode has too
+_NUM_ARGUMENTS = 20
+
+
+def one_row_each(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A plan's arguments with each sequence promised one row of queries (`uniform_q_len`), the last of them.
+
+    Without that, a plan in a graph has room for as many blocks as any rows could need, a quarter more than there are
+    sequences with four query heads for each KV head. Before flashinfer 0.7 those left over compute the first sequence
+    once more where lists are not split.
+    """
+    is_known = len(arguments) == _NUM_ARGUMENTS and type(arguments[-1]) is int and arguments[-1] == 0
+    return (*arguments[:-1], 1) if is_known else arguments

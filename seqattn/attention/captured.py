@@ -15,7 +15,7 @@ from weakref import finalize
 import numpy as np
 import torch
 
-from seqattn.attention.bound import BoundPlan
+from seqattn.attention.bound import BoundPlan, one_row_each
 from seqattn.attention.capturing import capturing
 from seqattn.attention.fixed import next_padded
 from seqattn.attention.places import laid_out
@@ -193,7 +193,8 @@ class CapturedStep:
                 self._plan(call, i)
             else:
                 self._wrappers.append(wrappers.fixed(call, lane, block.device))
-                self._plans.append(BoundPlan(self._wrappers[-1].made) if call.kernel == "decode" else None)
+                made = self._wrappers[-1].made
+                self._plans.append(BoundPlan(made, one_row_each) if call.kernel == "decode" else None)
 
     def _plan(self, call: KernelCall, i: int) -> None:
         """Sends a call's arrays, and plans its wrapper."""
@@ -222,6 +223,5 @@ class CapturedStep:
 
         if self._prepared is None:  # the wrapper loads its kernels with its first plan
             plan()
-        else:
-            bound(plan, indptr, lengths)
-            wrapper.keep(call)  # not done by a plan that is repeated
+        bound(plan, indptr, lengths)  # also then: a capture keeps the grid of the last plan before it
+        wrapper.keep(call)  # not done by a plan that is repeated

@@ -184,6 +184,20 @@ def test_blocks_without_work_read_nothing_that_nobody_wrote() -> None:
     assert graphs.num_replays == 10
 
 
+@pytest.mark.parametrize("num_sequences", [48, 64])
+def test_a_graph_has_a_block_for_each_sequence_and_none_beside(num_sequences: int) -> None:
+    engine = Engine(num_sequences=num_sequences)
+    graphs = DecodeGraphs(engine.attention, engine.model, [64], max_tokens=1100)
+    graphs.capture(torch.zeros(1, 32, HEAD_DIM, device="cuda", dtype=torch.bfloat16))
+    (step,) = graphs._steps.values()
+    (wrapper,), (bound,) = step._wrappers, step._plans
+    assert wrapper.made._plan_info[0] == 64, "blocks for each KV head"
+    compare(engine, graphs, 10, hybrid=False)
+    assert bound is not None
+    assert bound.is_repeated
+    assert (graphs.num_captures, graphs.num_replays) == (1, 10)
+
+
 def test_batches_that_fit_no_graph_are_computed_without() -> None:
     engine = Engine()
     graphs = DecodeGraphs(engine.attention, engine.model, [8], max_tokens=1100, capture_after=1)

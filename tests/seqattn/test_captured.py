@@ -48,3 +48,15 @@ def test_a_level_above_the_last_is_planned_in_a_graph_when_its_lists_change() ->
     for _ in range(2):
         plans.wants(last)
     assert plans.planned[3:] == [[300, 40], [300, 40]], "a last level that decodes has other lists with every step"
+
+
+def test_the_first_plan_of_a_graph_is_made_as_all_that_follow() -> None:
+    """The wrapper loads its kernels with a plan of its own; the grid that is captured is the next one's."""
+    plans = FixedPlans()
+    by_wrapper: list[list[int]] = []
+    plans.step.__dict__.update(_prepared=None)
+    plans.step._backend.sets = [SimpleNamespace(options=lambda _: {})]
+    plans.step._backend.plan_call = lambda *_, seq_lens: by_wrapper.append(seq_lens.tolist())
+    call = call_of(100, 40)
+    plans.wants(call)
+    assert by_wrapper == plans.planned == [[100, 40]]
