@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.rows import machine
+
 __all__ = ["about_run", "watched"]
 
 
 def about_run() -> dict[str, Any]:
-    """Device, versions, driver, clocks and command of this process; None for what cannot be found out."""
+    """Device, versions, driver, clocks, processor and command of this process; None for what cannot be found out."""
     flashinfer = None
     with suppress(PackageNotFoundError):
         flashinfer = version("flashinfer-python")
@@ -29,6 +31,7 @@ def about_run() -> dict[str, Any]:
         "flashinfer": flashinfer,
         "driver": driver,
         "clocks MHz, SM and memory": clocks,
+        "machine": machine(),
         "command": _command(),
     }
 

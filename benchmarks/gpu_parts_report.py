@@ -1,4 +1,4 @@
-"""The tables of a step's parts in docs/performance.md, made from the rows that `gpu_parts` left."""
+"""The tables of a step's parts in docs/performance.md, made from the rows that `gpu_parts` and `gpu_step` left."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.table import RESULTS
 
-__all__ = ["RUNS", "fastest", "parts_of_steps", "tries_of_steps"]
+__all__ = ["RUNS", "blocks_of_graphs", "fastest", "parts_of_steps", "tries_of_steps"]
 
 #: recorded runs of `gpu_parts`: the one that the first table shows, an earlier, a later, and one with flashinfer 0.6.18
 RUNS = ("h200", "h200_first", "h200_third", "h200_0618")
@@ -68,6 +68,22 @@ def tries_of_steps() -> str:
             changes = [round(found, 1) + 0.0 for found in (_change(row, name) for row in rows) if found is not None]
             cells.append(f"{min(changes)} to {max(changes)}" if changes else "")
         table.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def blocks_of_graphs() -> str:
+    """A line for each version of flashinfer and size of a batch: steps of plain decode with both numbers of blocks."""
+    lines = (RESULTS / "gpu_step_h200_blocks.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["packing"] == "plain"]
+    ways = ("as flashinfer plans", "one for each sequence")
+    table = [f"| flashinfer | sequences | kernels alone ms | {' | '.join(ways)} |", "|---" + "|---:" * 4 + "|"]
+    for version, batch in dict.fromkeys((row["flashinfer"], row["batch"]) for row in rows):
+        here = [row for row in rows if (row["flashinfer"], row["batch"]) == (version, batch)]
+        alone = statistics.median(row["graph_us"] for row in here) / 1e3
+        replays = [
+            " and ".join(f"{row['replay_us'] / 1e3:.2f}" for row in here if row["blocks"] == way) for way in ways
+        ]
+        table.append(f"| {version} | {batch} | {alone:.2f} | {' | '.join(replays)} |")
     return "\n".join(table)
 
 

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu_parts_report import parts_of_steps, tries_of_steps
+from benchmarks.gpu_parts_report import blocks_of_graphs, parts_of_steps, tries_of_steps
 from benchmarks.gpu_promises import AGAINST_PLAIN, TIMES, Measured, gpu_promises, in_table
 from benchmarks.table import RESULTS
 
@@ -77,6 +77,7 @@ def gpu_parts() -> dict[str, str]:
         "gpu_tries_of_steps": tries_of_steps(),
         "gpu_append": _append(),
         "gpu_older": _older(known, Recorded(OLDER), _recorded_steps(OLDER)),
+        "gpu_blocks": blocks_of_graphs(),
         "gpu_steps": _steps(_recorded_steps()),
         "gpu_forks": _forks(_recorded_steps()),
     }

@@ -7,6 +7,7 @@ Plain and hybrid packing of one batch that grows by a token a step, and is cut b
 - eager: by the clock on the wall, the device idle before each step; packing, planning and every layer.
 - replay: the same step through `DecodeGraphs`, captured in the first steps.
 - graph: GPU time of all layers as one CUDA graph, without packing and planning.
+- captured: GPU time of the graph that `DecodeGraphs` replayed last.
 - plan and layers: what the CPU takes until `plan`, and `run` in every layer, return; beside it flashinfer's own calls
   made by hand on the same data: a plan for each level from packed tensors on the CPU, and the wrappers' `run`.
 - plan_all_new: `plan` of a batch of which nothing is known; in the steps that follow, shared levels are.
@@ -29,7 +30,7 @@ import torch
 
 from benchmarks.gpu_about import about_run
 from benchmarks.gpu_batches import on_one_prompt, with_values
-from benchmarks.gpu_timing import copy_rate, device_us
+from benchmarks.gpu_timing import between_events, copy_rate, device_us
 from seqattn import DecodeGraphs, DecodeStep, PagedAttention, PagedKVCacheManager
 from seqattn.attention.plan import Planner
 
@@ -128,6 +129,12 @@ class Model:
         else:
             self.graphs.replay(self.descriptor.pack_for_flashinfer(self.ids), self.q, *self.rows)
 
+    def last_replayed(self) -> Callable[[], None]:
+        """Replays the graph of the last step with one, which computes that step again."""
+        graph = next(reversed(self.graphs._steps.values()))._graph
+        assert graph is not None
+        return graph.replay
+
 
 class ByHand:
     """flashinfer's calls for what the model has planned: wrappers of their own, planned from packed tensors."""
@@ -219,10 +226,11 @@ def measure_step(model: Model, options: argparse.Namespace, *, hybrid: bool) -> 
             times.setdefault(name, []).append(timed(call))
             times.setdefault(f"{name}_done", []).append(timed(call, wait=True))
         note("append", model.append)
+    captured = round(statistics.median(between_events(model.last_replayed())[3:]), 2)
     graph, spread = device_us(model.layers, 1)
     medians = {f"{name}_us": round(statistics.median(found[3:]), 1) for name, found in times.items()}
     packing = "hybrid" if hybrid else "plain"
-    return {"packing": packing} | medians | {"graph_us": graph, "graph_spread": spread}
+    return {"packing": packing} | medians | {"captured_us": captured, "graph_us": graph, "graph_spread": spread}
 
 
 def measure_forks(model: Model, num_forks: int = 64) -> dict[str, Any]:
@@ -230,15 +238,7 @@ def measure_forks(model: Model, num_forks: int = 64) -> dict[str, Any]:
     model.shorten()
     pages = model.manager.allocate(2 * num_forks)
     slots = np.full(num_forks, 8)
-    times = []
-    for _ in range(60):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]  # the CPU is ahead when the copy starts
-        begin.record()
-        model.manager.copy_page_slots(pages[:num_forks], pages[num_forks:], slots)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
+    times = between_events(lambda: model.manager.copy_page_slots(pages[:num_forks], pages[num_forks:], slots), 60)
     model.manager.unref(pages)
     moved = 2 * 2 * num_forks * 8 * NUM_KV_HEADS * HEAD_DIM * 2 * model.num_layers
     us = {"us": round(statistics.median(times[10:]), 1), "slowest_us": round(max(times[10:]), 1)}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_about, gpu_append, gpu_attention, gpu_step
+from benchmarks import gpu_about, gpu_append, gpu_attention, gpu_step, rows
 from benchmarks.gpu_promises import (
     AGAINST_PLAIN,
     OVER_BOUND,
@@ -142,7 +142,8 @@ def test_a_file_of_attention_begins_with_what_recorded_files_begin_with(
     fake_gpu(monkeypatch, {"GPU-12-ab": SAID})
     gpu_attention.main()
     about, row = map(json.loads, (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines())
-    assert about.keys() == known.about.keys()
+    assert about.keys() == known.about.keys() | {"machine"}
+    assert about["machine"] == rows.machine()
     assert about["command"] == "python -m benchmarks.gpu_attention --out DIR --only known"
     assert row == known.rows[0]
 
@@ -325,6 +326,7 @@ def test_with_an_older_flashinfer_the_promises_that_are_not_kept_are_these() -> 
     ]
     assert len(promises) == len(AGAINST_PLAIN) + len(OVER_BOUND) + 3 + 2 + 7 + 1
     assert [promise.what for promise in promises if not promise.is_kept] == [
-        "planner, CPU time, a new batch of 256 with a forest"
+        "planner, CPU time, a new batch of 256 with a forest",
+        "`run`, CPU time over flashinfer's by hand",
     ]
     assert all(row["ours_us"] <= 1.02 * row["plain_us"] for row in older.rows)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_report
+from benchmarks import gpu_parts_report, gpu_report
+from benchmarks.gpu_parts_report import blocks_of_graphs
 from benchmarks.gpu_promises import TIMES
 from benchmarks.gpu_report import Recorded, _append, _forks, _older, _steps, _summary, _table
 
@@ -135,3 +136,23 @@ def test_steps_and_forks_are_told_in_milliseconds_and_microseconds() -> None:
         "The tails of 64 forks, eight slots in 32 layers, take 40 µs in one launch, the copy of their places included "
         "(the slowest of 50: 42 µs); their bytes alone 32 µs."
     )
+
+
+def test_blocks_of_graphs_are_compared_by_version_and_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_parts_report, "RESULTS", tmp_path)
+    many, each, split = ({"blocks": way} for way in ("as flashinfer plans", "one for each sequence", "lists split"))
+    rows = [
+        step("plain", replay_us=43000.0, graph_us=35000.0) | many | {"flashinfer": "0.6.18", "batch": 256},
+        step("hybrid", replay_us=9000.0, graph_us=7000.0) | many | {"flashinfer": "0.6.18", "batch": 256},
+        step("plain", replay_us=36000.0, graph_us=35200.0) | each | {"flashinfer": "0.6.18", "batch": 256},
+        step("plain", replay_us=36100.0, graph_us=35100.0) | each | {"flashinfer": "0.6.18", "batch": 256},
+        step("plain", replay_us=36500.0, graph_us=35100.0) | split | {"flashinfer": "0.6.18", "batch": 256},
+        step("plain", replay_us=9000.0, graph_us=8000.0) | each | {"flashinfer": "0.7.2", "batch": 64},
+    ]
+    (tmp_path / "gpu_step_h200_blocks.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    assert blocks_of_graphs().splitlines() == [
+        "| flashinfer | sequences | kernels alone ms | as flashinfer plans | one for each sequence |",
+        "|---|---:|---:|---:|---:|",
+        "| 0.6.18 | 256 | 35.10 | 43.00 | 36.00 and 36.10 |",
+        "| 0.7.2 | 64 | 8.00 |  | 9.00 |",
+    ]
