@@ -23,7 +23,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["BoundPlan", "BoundRun", "one_row_each"]
+__all__ = ["BoundPlan", "BoundRun"]
 
 #: where a wrapper keeps the functions of its compiled kernels
 _MODULE = "_cached_module"
@@ -110,8 +110,8 @@ class BoundPlan:
 
     Args:
         wrapper: planned once for as many sequences.
-        change: what the kernel's plan is given instead of what the wrapper gives it, by position, in every plan that is
-            made without the wrapper, and in the one that is noted for these. If none can be, no plan is changed.
+        change: makes other arguments of those of the kernel's plan. All plans without the wrapper are given these, and
+            so is the one that they repeat; if it cannot be repeated, the wrapper plans once more, and from then on.
     """
 
     __slots__ = ("_arguments", "_change", "_function", "_is_noted", "_places", "_wrapper")
@@ -138,6 +138,9 @@ class BoundPlan:
 
         Returns:
             The schedule if the plan was made without the wrapper, else None.
+
+        Raises:
+            What the plan raises, which one with changed arguments may where the wrapper's own would not.
         """
         if self._function is not None:
             arguments = self._arguments.copy()
@@ -152,19 +155,20 @@ class BoundPlan:
             self._is_noted = True
             self._note(module, plan, indptr, lengths)
             if self._change is not None and self._function is None:
-                plan()  # as all that follow
+                plan()
         return None
 
     def forget(self) -> None:
-        """Leaves every plan to the wrapper from now on."""
+        """Leaves every plan to the wrapper from now on; not where plans are changed, as a graph may hold one."""
+        assert self._change is None
         self._is_noted, self._function, self._arguments = True, None, []
 
     def _note(self, module: Any, plan: Callable[[], object], indptr: torch.Tensor, lengths: torch.Tensor) -> None:  # noqa: ANN401  as above
         recorder = _Recorder(module, self._change)
         with _PATCHING:
             function = module.plan
-            module.plan = recorder.plan
             try:
+                module.plan = recorder.plan
                 plan()
             finally:
                 module.plan = function
@@ -208,18 +212,3 @@ class _Recorder:
             return found(*arguments, **named)
 
         return noted
-
-
-#: arguments of the plan of flashinfer's paged prefill by fa2, which its tensor-core decode has too
-_NUM_ARGUMENTS = 20
-
-
-def one_row_each(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A plan's arguments with each sequence promised one row of queries (`uniform_q_len`), the last of them.
-
-    Without that, a plan in a graph has room for as many blocks as any rows could need, a quarter more than there are
-    sequences with four query heads for each KV head. Before flashinfer 0.7 those left over compute the first sequence
-    once more where lists are not split.
-    """
-    is_known = len(arguments) == _NUM_ARGUMENTS and type(arguments[-1]) is int and arguments[-1] == 0
-    return (*arguments[:-1], 1) if is_known else arguments

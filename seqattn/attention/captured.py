@@ -15,7 +15,7 @@ from weakref import finalize
 import numpy as np
 import torch
 
-from seqattn.attention.bound import BoundPlan, one_row_each
+from seqattn.attention.bound import BoundPlan
 from seqattn.attention.capturing import capturing
 from seqattn.attention.fixed import next_padded
 from seqattn.attention.places import laid_out
@@ -37,6 +37,9 @@ __all__ = ["CapturedStep"]
 #: the pages last: of them only those are sent that there are
 _PAGES = "kv_page_indices"
 _NAMES = ("qo_indptr", "kv_page_indptr", "kv_last_page_len", _PAGES)
+#: arguments of the plan of flashinfer's fa2 over pages, and where it is told its query rows, its sequences, that it is
+#: for a graph, that it is to split nothing, and how many rows each sequence has, 0 for any (`uniform_q_len`)
+_NUM_ARGUMENTS, _ROWS, _SEQUENCES, _IN_GRAPH, _WHOLE, _ROWS_EACH = 20, 6, 7, 11, 17, 19
 
 
 class _Block:
@@ -194,7 +197,7 @@ class CapturedStep:
             else:
                 self._wrappers.append(wrappers.fixed(call, lane, block.device))
                 made = self._wrappers[-1].made
-                self._plans.append(BoundPlan(made, one_row_each) if call.kernel == "decode" else None)
+                self._plans.append(BoundPlan(made, _one_row_each) if call.kernel == "decode" else None)
 
     def _plan(self, call: KernelCall, i: int) -> None:
         """Sends a call's arrays, and plans its wrapper."""
@@ -225,3 +228,18 @@ class CapturedStep:
             plan()
         bound(plan, indptr, lengths)  # also then: a capture keeps the grid of the last plan before it
         wrapper.keep(call)  # not done by a plan that is repeated
+
+
+def _one_row_each(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a plan that decodes in a graph, with one row promised for each sequence, as each of them has.
+
+    Without that the graph gets as many blocks as any rows could need: with four query heads for each KV head a quarter
+    more than there are sequences. Where lists are not split, flashinfer 0.6 has those left over compute the first
+    sequence once more. Arguments that are not those known are left as they are.
+    """
+    if len(arguments) != _NUM_ARGUMENTS or type(arguments[_WHOLE]) is not bool or arguments[_IN_GRAPH] is not True:
+        return arguments
+    rows_each = arguments[_ROWS_EACH]
+    if arguments[_ROWS] != arguments[_SEQUENCES] or type(rows_each) is not int or rows_each:
+        return arguments
+    return (*arguments[:_ROWS_EACH], 1)

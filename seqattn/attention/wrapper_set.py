@@ -136,8 +136,9 @@ class WrapperSet:
         workspace = self.workspace(lane, float_size)
         made = self._make(call.kind[0], workspace, buffers)
         self._give(made, workspace, max(int_size, _LEAST_INT_WORKSPACE))
-        # In a graph there are more blocks than a plan has work for. Before 0.7, where the plan splits nothing, no mask
-        # keeps them from taking what lies behind it for work: zeros are the first block's, computed once more.
+        # In a graph there may be more blocks than a plan has work for; of those that decode, only where a plan could
+        # not be promised one row each. Before 0.7, where it splits nothing, no mask keeps them from taking what lies
+        # behind it for work: zeros are the first block's, computed once more.
         pinned = getattr(made, _PINNED, None)
         if pinned is not None:
             pinned.zero_()
@@ -229,7 +230,7 @@ class WrapperSet:
         tile = 128 if is_large or mean > 64 else 64 if mean > 16 else 16
         # Lists of pages are split for at most two blocks a multiprocessor; each keeps a tile of float32 results.
         most = 2 * self.num_processors // num_kv_heads + 1
-        num_tiles = max(packed // tile + num_groups, most)
+        num_tiles = max(packed // tile + num_groups, most)  # in a graph the first plan has room for uneven rows
         if fixed and call.kernel == "decode" and self.options(call):
             return _LEAST_FLOAT_WORKSPACE, 16 * num_tiles + 8 * (num_rows + num_groups) + 4096
         float_size = self.num_qo_heads * (num_tiles if fixed else most) * tile * (self.manager.head_dim + 1) * 4

@@ -7,6 +7,7 @@ import torch
 
 from seqattn import CacheDescriptor, DecodeGraphs, DecodeStep, PagedAttention, PagedKVCacheManager
 from seqattn.attention.calls import Choice, Work
+from seqattn.attention.captured import CapturedStep
 from seqattn.attention.plan import BatchPlan
 from seqattn.errors import SharedPageError
 from tests.gpu.batches import MOST_ERROR, relative_error
@@ -126,7 +127,17 @@ def compare(
         assert relative_error(a, b.float()) < 1e-2
 
 
-@pytest.mark.parametrize(("heads", "layout"), [((32, 8), "NHD"), ((32, 8), "HND"), ((8, 8), "NHD"), ((8, 1), "NHD")])
+def blocks_of(step: CapturedStep) -> tuple[int, bool]:
+    """Blocks for each KV head of a graph that decodes, and whether later plans are made as the one that it holds."""
+    (wrapper,), (bound,) = step._wrappers, step._plans
+    assert bound is not None
+    return wrapper.made._plan_info[0], bound.is_repeated
+
+
+@pytest.mark.parametrize(
+    ("heads", "layout"),
+    [((32, 8), "NHD"), ((32, 8), "HND"), ((8, 8), "NHD"), ((8, 1), "NHD"), ((32, 1), "NHD")],
+)
 @pytest.mark.parametrize("batch_size", [20, 64])
 def test_plain_graphs_are_replayed_with_new_pages_and_lengths(
     heads: tuple[int, int], layout: str, batch_size: int
@@ -173,28 +184,28 @@ def test_graphs_captured_ahead_are_used_by_the_first_step() -> None:
     assert (graphs.num_captures, graphs.num_eager, graphs.num_replays) == (2, 0, 10)
 
 
-def test_blocks_without_work_read_nothing_that_nobody_wrote() -> None:
+def test_blocks_without_work_read_nothing_that_nobody_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
     """Schedules lie in pinned memory that others have used before; flashinfer 0.6 lets such blocks read it."""
+    monkeypatch.setattr("seqattn.attention.captured._one_row_each", lambda arguments: arguments)
     used = [torch.full((1 << n,), 1 << 29, dtype=torch.int32, pin_memory=True) for n in range(12, 20) for _ in range(4)]
     del used
     engine = Engine(num_sequences=64)
     graphs = DecodeGraphs(engine.attention, engine.model, [48, 64], max_tokens=1100)
     graphs.capture(torch.zeros(1, 32, HEAD_DIM, device="cuda", dtype=torch.bfloat16))
+    assert [blocks_of(step)[0] for step in graphs._steps.values()] == [48 // 4 + 47, 64 // 4 + 63]
     compare(engine, graphs, 10, hybrid=False)
     assert graphs.num_replays == 10
 
 
-@pytest.mark.parametrize("num_sequences", [48, 64])
-def test_a_graph_has_a_block_for_each_sequence_and_none_beside(num_sequences: int) -> None:
+@pytest.mark.parametrize(("num_sequences", "size"), [(48, 64), (64, 64), (20, 32)])
+def test_a_graph_has_no_block_beside_those_for_sequences_and_parts(num_sequences: int, size: int) -> None:
     engine = Engine(num_sequences=num_sequences)
-    graphs = DecodeGraphs(engine.attention, engine.model, [64], max_tokens=1100)
+    graphs = DecodeGraphs(engine.attention, engine.model, [size], max_tokens=1100)
     graphs.capture(torch.zeros(1, 32, HEAD_DIM, device="cuda", dtype=torch.bfloat16))
     (step,) = graphs._steps.values()
-    (wrapper,), (bound,) = step._wrappers, step._plans
-    assert wrapper.made._plan_info[0] == 64, "blocks for each KV head"
+    num_processors = torch.cuda.get_device_properties(0).multi_processor_count
+    assert blocks_of(step) == (max(size, 2 * num_processors // 8), True)
     compare(engine, graphs, 10, hybrid=False)
-    assert bound is not None
-    assert bound.is_repeated
     assert (graphs.num_captures, graphs.num_replays) == (1, 10)
 
 

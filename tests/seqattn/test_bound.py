@@ -7,10 +7,9 @@ from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 
-from seqattn.attention.bound import BoundPlan, BoundRun, one_row_each
+from seqattn.attention.bound import BoundPlan, BoundRun
 
 
 class Wrapper:
@@ -156,7 +155,7 @@ def test_a_plan_that_finds_the_lengths_by_itself_is_made_by_the_wrapper_each_tim
 
 def test_a_plan_of_another_thread_is_not_taken_for_its_own() -> None:
     wrapper = Planned()
-    bound, module = BoundPlan(wrapper), wrapper._cached_module
+    bound, module = BoundPlan(wrapper, lambda arguments: (*arguments[:-1], 8)), wrapper._cached_module
 
     def plan_beside(indptr: torch.Tensor, lengths: torch.Tensor) -> None:
         other = Thread(target=lambda: module.plan("other"))
@@ -169,6 +168,7 @@ def test_a_plan_of_another_thread_is_not_taken_for_its_own() -> None:
         bound(lambda: plan_beside(indptr, lengths), indptr, lengths)  # noqa: B023  called at once
     assert wrapper.num_plans == 1
     assert bound.is_repeated
+    assert [arguments[-1] for arguments in wrapper.calls] == ["other", 8, 8, 8]
 
 
 def test_what_is_changed_in_a_plan_is_changed_in_every_one_without_the_wrapper() -> None:
@@ -190,17 +190,3 @@ def test_if_plans_are_left_to_the_wrapper_none_that_is_used_is_changed() -> None
         bound(lambda: wrapper.plan(indptr, lengths), indptr, lengths)
         assert len(wrapper.calls) == last
         assert wrapper.calls[-1][-1] == 7
-
-
-@pytest.mark.parametrize(
-    ("arguments", "last"),
-    [
-        ((*range(1, 20), 0), 1), ((*range(1, 20), 2), 2), ((*range(1, 19), 0), 0), ((*range(1, 21), 0), 0),
-        ((*range(1, 20), False), False), ((*range(1, 20), 0.0), 0.0),
-    ],
-    ids=["none promised", "more than one", "too few", "too many", "a flag", "a float"],
-)  # fmt: skip
-def test_one_row_is_promised_where_nothing_is(arguments: tuple[Any, ...], last: object) -> None:
-    found = one_row_each(arguments)
-    assert found == (*arguments[:-1], last)
-    assert type(found[-1]) is type(last)
